@@ -1,0 +1,118 @@
+"""The bootstrap server as a process that starts, crashes, forgets and restarts, and HTTP to reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvpoll.spec.trace import Answered, NodeStarted, NodeStopped, Requested
+from kvpoll.statemachine.roles import DpEntry, Registry
+
+if TYPE_CHECKING:
+    from kvpoll.sim.world import World
+
+Reply = Callable[[int | str, Any], None]
+
+
+class BootstrapServer:
+    """Rank registration, route lookup, DP-rank registration and batch query of one prefill engine."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.up = False
+        self.epoch = -1
+        self.slow_s = 0.0
+        self.error_share = 0.0
+        self.registry = Registry()
+        self.dp_entries: dict[int, DpEntry] = {}
+        self._draw = world.chance(f"{name}/errors")
+        world.alive[name] = False
+
+    def start(self, amnesia: bool = True) -> None:
+        """Begin to listen; a process that was killed has lost its tables."""
+        if self.up:
+            return
+        self.up = True
+        self.epoch += 1
+        world = self.world
+        world.epochs[self.name] = self.epoch
+        world.alive[self.name] = True
+        if amnesia:
+            self.registry = Registry()
+            self.dp_entries = {}
+        world.emit(NodeStarted(world.now, self.name, self.epoch))
+
+    def stop(self) -> None:
+        """Stop listening, as after a crash."""
+        if self.up:
+            self.up = False
+            self.world.alive[self.name] = False
+            self.world.emit(NodeStopped(self.world.now, self.name, self.epoch))
+
+    # -- HTTP as a client sees it
+
+    def request(self, client: str, route: str, detail: Any, repeat: int, reply: Reply) -> None:
+        """Send one request; ``reply(status, body)`` is called with a code, "refused" or "timeout"."""
+        world = self.world
+        world.emit(Requested(world.now, client, self.name, route, repeat))
+        timeout_s = world.profile.number("http_timeout_s")
+        latency_s = world.topology.http_latency_s / 2 + world.network.latency_s(client)
+        if world.network.is_severed(client, self.name):
+            world.after(timeout_s, self._answer, client, route, "timeout", None, reply)
+        elif not self.up:
+            world.after(latency_s, self._answer, client, route, "refused", None, reply)
+        elif self.slow_s + latency_s * 2 > timeout_s:
+            world.after(timeout_s, self._answer, client, route, "timeout", None, reply)
+            world.after(self.slow_s, self._handle_unheard, route, detail)
+        else:
+            world.after(latency_s + self.slow_s, self._handle, client, route, detail, self.epoch, reply)
+
+    def _handle_unheard(self, route: str, detail: Any) -> None:
+        """The server does what it was asked although the client has stopped listening (C1)."""
+        if self.up:
+            self.world.mark(self.name, "request_applied_unheard")
+            self._serve(route, detail)
+
+    def _handle(self, client: str, route: str, detail: Any, epoch: int, reply: Reply) -> None:
+        latency_s = self.world.topology.http_latency_s / 2
+        if not self.up or epoch != self.epoch:
+            self.world.after(latency_s, self._answer, client, route, "refused", None, reply)
+        elif self.error_share and self._draw.random() < self.error_share:
+            self.world.mark(self.name, "http_error")
+            self.world.after(latency_s, self._answer, client, route, 500, None, reply)
+        else:
+            status, body = self._serve(route, detail)
+            self.world.after(latency_s, self._answer, client, route, status, body, reply)
+
+    def _answer(self, client: str, route: str, status: int | str, body: Any, reply: Reply) -> None:
+        world = self.world
+        if world.stream.wants(Answered):
+            world.emit(Answered(world.now, client, self.name, route, status))
+        reply(status, body)
+
+    # -- what the server does
+
+    def _serve(self, route: str, detail: Any) -> tuple[int, Any]:
+        machines = self.world.machines
+        if route == "PUT /route":
+            self.registry, orders = machines.registry.step(self.registry, "RankRegistered", detail)
+            return 200, None
+        if route == "GET /route":
+            self.registry, orders = machines.registry.step(self.registry, "RouteRequested", detail)
+            status = {"AnswerRoute": 200, "AnswerNotReady": 503, "AnswerUnknownRank": 404}[orders[0][0]]
+            return status, dict(self.registry.ranks) if status == 200 else None
+        if route == "POST /register_dp_rank":
+            room, rank = detail
+            entry, _ = machines.dp_entry.step(self.dp_entries.get(room, DpEntry()), "DpRankRegistered", rank)
+            self.dp_entries[room] = entry
+            self.world.after(self.world.profile.number("dp_entry_timeout_s"), self._expire, room, entry, self.epoch)
+            return 200, None
+        entry = self.dp_entries.get(detail, DpEntry())
+        _, orders = machines.dp_entry.step(entry, "DpRankQueried", None)
+        return 200, entry.rank if orders else None
+
+    def _expire(self, room: int, entry: DpEntry, epoch: int) -> None:
+        if self.epoch == epoch and self.dp_entries.get(room) is entry:
+            self.world.machines.dp_entry.step(entry, "EntryExpired", None)
+            del self.dp_entries[room]

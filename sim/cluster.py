@@ -1,0 +1,136 @@
+"""The cluster as one thing: servers, engines, router, transport, and the way from a node's name to its rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvpoll.sim.bootstrap import BootstrapServer
+from kvpoll.sim.decode import DecodeEngine
+from kvpoll.sim.engine import Engine
+from kvpoll.sim.prefill import PrefillEngine
+from kvpoll.sim.router import Router
+from kvpoll.sim.topology import rank_name
+from kvpoll.sim.transport import Destination, Transport
+from kvpoll.sim.world import covers, engine_of
+from kvpoll.spec.trace import Surveyed
+from kvpoll.spec.vocabulary import Incarnation
+
+if TYPE_CHECKING:
+    from kvpoll.sim.rank import Rank
+    from kvpoll.sim.world import World
+
+
+class Cluster:
+    """Everything that lives in a world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.topology = world.topology
+        self.transport = Transport(world)
+        count = self.topology.prefill.count
+        self.servers = [BootstrapServer(world, f"B{number}") for number in range(count)]
+        self.prefill: list[PrefillEngine] = []
+        self.decode: list[DecodeEngine] = []
+        self.prefill = [PrefillEngine(self, number) for number in range(count)]
+        self.decode = [DecodeEngine(self, number) for number in range(self.topology.decode.count)]
+        self.router = Router(self)
+        self.unique_indices = self._unique_indices()
+        for engine in self.engines():
+            engine.on_crash = self._crashed
+        world.network.on_restored = self._restored
+
+    def engines(self) -> list[Engine]:
+        """Prefill engines first."""
+        return [*self.prefill, *self.decode]
+
+    def start(self, servers_late: bool = False) -> None:
+        """Bring everything up; the bootstrap servers too, unless a fault holds them back."""
+        if not servers_late:
+            for server in self.servers:
+                server.start()
+        for engine in self.engines():
+            engine.start()
+
+    def _unique_indices(self) -> dict[str, int]:
+        sizes = self.topology.prefill.sizes
+        return {
+            rank_name("P", number, sizes, dp, pp, tp, cp): tp * sizes.pp * sizes.cp + pp * sizes.cp + cp
+            for number in range(self.topology.prefill.count)
+            for dp in range(sizes.dp) for pp in range(sizes.pp) for tp in range(sizes.tp) for cp in range(sizes.cp)
+        }  # fmt: skip
+
+    # -- from names to things
+
+    def engine(self, name: str) -> Engine | None:
+        """The engine of that name."""
+        return next((engine for engine in self.engines() if engine.name == name), None)
+
+    def server_of(self, engine: str) -> BootstrapServer:
+        """The bootstrap server of a prefill engine."""
+        return self.servers[int(engine[1:])]
+
+    def rank(self, node: str) -> Any:
+        """The rank that lives at a node now, or None."""
+        engine = self.engine(engine_of(node))
+        return engine.ranks.get(node) if engine is not None and engine.up else None
+
+    def metadata_at(self, node: str, incarnation: Incarnation, destination: Destination, required: int) -> None:
+        """Metadata arrived at a prefill node."""
+        rank = self.rank(node)
+        if rank is not None:
+            rank.receive_metadata(incarnation, destination, required)
+
+    def abort_at(self, node: str, incarnation: Incarnation, index: int, asker: str, theirs: Incarnation) -> None:
+        """An abort arrived at a prefill node."""
+        rank = self.rank(node)
+        if rank is not None:
+            rank.receive_abort(incarnation, index, asker, theirs)
+
+    # -- disturbances
+
+    def disturb(self, target: str) -> None:
+        """Something happened to a node or to the way there: detectors that look at it start probing."""
+        for engine in self.engines():
+            for detector in engine.detectors:
+                seen = covers(target, detector.target) or target == "*" or covers(target, detector.rank.node)
+                if seen or engine_of(target) in (detector.target, engine.name):
+                    detector.disturb()
+
+    def _crashed(self, engine: Engine) -> None:
+        self.transport.forget(engine.name)
+        self.router.engine_crashed(engine.name)
+        self.disturb(engine.name)
+
+    def _restored(self, left: str, right: str) -> None:
+        for node, peer in ((left, right), (right, left)):
+            rank = self.rank(node)
+            if rank is not None and not rank.stopped:
+                rank.restored(engine_of(peer))
+
+    # -- the end of a run
+
+    def survey(self) -> None:
+        """Look at every idle node: nothing should be left."""
+        for engine in self.engines():
+            engine.report_health()
+            for rank in engine.ranks.values():
+                self.world.emit(_survey(rank))
+        for server in self.servers:
+            tables = (("dp_entries", len(server.dp_entries)),)
+            self.world.emit(Surveyed(self.world.now, server.name, tables, (), 0))
+
+
+def _survey(rank: Rank) -> Surveyed:
+    tables = {
+        "rooms": len(rank.rooms),
+        "requests": len(rank.entries),
+        "timers": rank.timers.armed(),
+        "kv_pages": rank.kv.size - len(rank.kv.free),  # type: ignore[attr-defined]
+    }
+    for name in ("destinations", "askers", "peers", "by_pair"):
+        if hasattr(rank, name):
+            tables[name] = len(getattr(rank, name))
+    if hasattr(rank, "aux"):
+        tables["aux_rows"] = rank.aux.size - len(rank.aux.free)
+    gauges = tuple((name, float(value)) for name, value in sorted(rank.gauges.items()))
+    return Surveyed(rank.world.now, rank.node, tuple(tables.items()), gauges, rank.timers.overdue())

@@ -1,0 +1,189 @@
+"""One simulated rank: a driver of room machines. It carries out actions; it decides nothing itself."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvpoll.spec.trace import IllegalFactRaised, LoopStopped, Queued, Stepped
+from kvpoll.spec.vocabulary import POLL_NUMBERS, Action, Fact, Incarnation
+from kvpoll.statemachine.agreement import Report
+from kvpoll.statemachine.machine import IllegalFact, Room, RoomMachine
+
+if TYPE_CHECKING:
+    from kvpoll.sim.engine import Engine
+    from kvpoll.sim.world import World
+
+
+class Timers:
+    """The deadlines of one rank. Every timer of a name runs equally long, so a queue per name is in order."""
+
+    def __init__(self, world: World, durations_s: dict[str, float], fire: Callable[[Incarnation, str], None]) -> None:
+        self.world = world
+        self.durations_s = durations_s
+        self._fire = fire
+        self._queues: dict[str, deque[tuple[float, Incarnation, int]]] = {name: deque() for name in durations_s}
+        self._armed: dict[tuple[str, Incarnation], int] = {}
+        self._token = 0
+        self._shift_s = 0.0
+        self.stopped = False
+
+    def arm(self, incarnation: Incarnation, name: str) -> None:
+        """Start, or start again, the named timer of a room."""
+        self._token += 1
+        queue = self._queues[name]
+        duration = self.durations_s[name]
+        self._armed[name, incarnation] = self._token
+        queue.append((self.world.now + duration, incarnation, self._token))
+        if len(queue) == 1:
+            self.world.after(duration, self._ring, name)
+
+    def cancel(self, incarnation: Incarnation, name: str) -> None:
+        """Stop the named timer of a room, if it runs."""
+        self._armed.pop((name, incarnation), None)
+
+    def armed(self) -> int:
+        """How many timers run."""
+        return len(self._armed)
+
+    def overdue(self) -> int:
+        """How many timers should have rung and have not (L5)."""
+        now = self.world.now
+        return sum(due < now - 1e-6 and self._armed.get((name, who)) == token
+                   for name, queue in self._queues.items() for due, who, token in queue)  # fmt: skip
+
+    def jump(self, offset_s: float) -> None:
+        """The wall clock moved: timers that compare it ring early (or late)."""
+        self._shift_s += offset_s
+        for name in self._queues:
+            self._ring(name)
+
+    def _ring(self, name: str) -> None:
+        if self.stopped:
+            return
+        queue = self._queues[name]
+        now = self.world.now + self._shift_s
+        while queue and (queue[0][0] <= now + 1e-9 or self._armed.get((name, queue[0][1])) != queue[0][2]):
+            _, incarnation, token = queue.popleft()
+            if self._armed.get((name, incarnation)) == token:
+                del self._armed[name, incarnation]
+                self._fire(incarnation, name)
+        if queue:
+            self.world.after(max(0.0, queue[0][0] - now), self._ring, name)
+
+
+class Rank:
+    """What prefill and decode ranks share: the room table, timers, illegal facts, queue gauges."""
+
+    role = ""
+
+    def __init__(self, engine: Engine, node: str, machine: RoomMachine, timers_s: dict[str, float]) -> None:
+        self.engine = engine
+        self.world = engine.world
+        self.node = node
+        self.epoch = engine.epoch
+        self.strict = self.world.profile["identity"] == "incarnation"
+        self.machine = machine
+        self.rooms: dict[int, Room] = {}
+        self.entries: dict[str, Any] = {}
+        self.timers = Timers(self.world, timers_s, self._deadline)
+        self.gauges: dict[str, int] = {}
+        self.stopped = False
+        self.chance = self.world.chance(f"{node}/{engine.epoch}")
+        self.pace = 1.0 + self.chance.uniform(0.0, engine.shape.skew)
+        self._actions: dict[str, Callable[[Action, Any], None]] = {
+            "ArmDeadline": lambda action, origin: self.timers.arm(action.incarnation, action.detail),
+            "CancelDeadline": lambda action, origin: self.timers.cancel(action.incarnation, action.detail),
+        }
+
+    # -- facts in, actions out
+
+    def deliver(self, kind: str, incarnation: Incarnation, detail: Any = None, origin: Any = None) -> bool:
+        """Offer a fact to its room and carry out what the machine orders. False when the fact was illegal."""
+        number = incarnation.room
+        room = self.rooms.get(number)
+        if room is None:
+            room = self.machine.absent(Incarnation(number, 0, self.engine.epoch))
+        try:
+            after, actions = self.machine.step_room(room, Fact(kind, incarnation, detail))
+        except IllegalFact as error:
+            self._illegal(error, incarnation)
+            return False
+        if after is not room:
+            if after.incarnation.attempt != room.incarnation.attempt and room.local.poll != "Absent":
+                self.forget(room.incarnation)
+            if after.local.poll == "Absent":
+                self.rooms.pop(number, None)
+                self.forget(after.incarnation)
+            else:
+                self.rooms[number] = after
+        if after is not room or actions:
+            self._tell(room, after, kind, incarnation, detail, actions)
+            for action in actions:
+                self._actions[action.kind](action, origin)
+            if after.local.poll != room.local.poll:
+                self.poll_changed(after)
+        return True
+
+    def _tell(self, room: Room, after: Room, kind: str, meant_for: Incarnation, detail: Any, actions: Any) -> None:
+        before, now = room.local, after.local
+        own = after.incarnation if after.incarnation == meant_for else room.incarnation
+        self.world.emit(Stepped(
+            self.world.now, self.node, self.role, own, kind, meant_for, detail, before.poll, now.poll,
+            before.lease, now.lease, now.cause, tuple([action.kind for action in actions]),
+        ))  # fmt: skip
+
+    def _illegal(self, error: IllegalFact, incarnation: Incarnation) -> None:
+        world = self.world
+        world.emit(IllegalFactRaised(world.now, self.node, self.role, incarnation, error.fact, error.state))
+        if world.profile["illegal_fact"] == "stops_scheduler":
+            self.stop_loop(str(error))
+        else:
+            self.deliver("AbortRequested", incarnation, "illegal_fact")
+
+    def stop_loop(self, cause: str) -> None:
+        """The scheduler loop dies while its process lives."""
+        if not self.stopped:
+            self.stopped = True
+            self.world.emit(LoopStopped(self.world.now, self.node, "scheduler", cause))
+            self.engine.report_health()
+
+    def _deadline(self, incarnation: Incarnation, name: str) -> None:
+        self.world.mark(self.node, f"deadline_{name}")
+        self.deliver("DeadlineReached", incarnation, name)
+
+    def poll_changed(self, room: Room) -> None:
+        """A poll moved: the scheduler has something to see."""
+        raise AssertionError("a rank of no side")
+
+    def forget(self, incarnation: Incarnation) -> None:
+        """The room is gone; so is what the driver kept for it."""
+
+    # -- what the scheduler reads
+
+    def key(self, incarnation: Incarnation) -> tuple[int, ...]:
+        """What the driver's own tables of a room are keyed by: the identity that the profile believes in."""
+        return incarnation.pair if self.strict else (incarnation.room,)
+
+    def is_over(self) -> bool:
+        """Has this life of the process ended, or its loop?"""
+        return self.stopped or not self.engine.up or self.engine.epoch != self.epoch
+
+    def report(self, incarnation: Incarnation) -> Report:
+        """Poll and cause of a room, as the scheduler sees them; a missing or foreign room is Failed (A22)."""
+        room = self.rooms.get(incarnation.room)
+        if room is None or (room.incarnation.attempt != incarnation.attempt):
+            return Report(0, "room_lost")
+        local = room.local
+        return Report(POLL_NUMBERS.get(local.poll, 0), local.cause)
+
+    def queue(self, name: str, rid: str, delta: int) -> None:
+        """A request entered or left a queue; the gauge follows."""
+        self.gauges[name] = self.gauges.get(name, 0) + delta
+        if self.world.stream.wants(Queued):
+            self.world.emit(Queued(self.world.now, self.node, name, rid, delta))
+
+    def live_rooms(self) -> int:
+        """Rooms that are not tombstones."""
+        return sum(room.local.poll != "Retired" for room in self.rooms.values())

@@ -1,0 +1,185 @@
+"""How a decode rank finds a request's prefill ranks: topology, DP rank, endpoints, with caches and retries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import simpy
+
+from kvpoll.sim.topology import rank_name
+from kvpoll.spec.trace import Stalled
+from kvpoll.statemachine.roles import Resolution
+
+if TYPE_CHECKING:
+    from kvpoll.sim.decode import DecodeRank, Entry
+
+
+class Finder:
+    """The set-up of one rank's receivers. All its HTTP is asynchronous, unless the rule says that it blocks."""
+
+    def __init__(self, rank: DecodeRank) -> None:
+        self.rank = rank
+        self.world = rank.world
+        self.stall: simpy.Event | None = None
+        self._endpoints: dict[str, dict[str, int]] = {}
+        self._topology: set[str] = set()
+        self._asking: dict[str, list[Entry]] = {}
+
+    def drop(self, engine: str) -> None:
+        """Forget what is cached of an engine."""
+        self._endpoints.pop(engine, None)
+        self._topology.discard(engine)
+
+    def find(self, entry: Entry) -> None:
+        """Start the set-up of a receiver."""
+        engine = f"P{entry.request.prefill}"
+        if engine in self._topology:
+            self._resolve(entry)
+        elif engine in self._asking:
+            self._asking[engine].append(entry)
+        else:
+            self._asking[engine] = [entry]
+            self._ask_topology(engine, 1)
+
+    def give_up(self, rid: str, cause: str) -> None:
+        """An abort for a request that has not joined the queue yet (decode_enqueue = after_resolution)."""
+        for entry in list(self.rank.by_pair.values()):
+            if entry.request.rid == rid:
+                self.rank.deliver("AbortRequested", entry.incarnation, cause)
+                self._end_unqueued(entry, cause)
+
+    def _end_unqueued(self, entry: Entry, cause: str) -> None:
+        self.rank.deliver("Cleared", entry.incarnation)
+        self.rank.by_pair.pop(entry.request.pair, None)
+        self.rank.report_failure(entry.request, cause)
+
+    # -- topology
+
+    def _ask_topology(self, engine: str, attempt: int) -> None:
+        self._request(engine, "GET /route", None, attempt - 1, lambda status, body: self._topology_answered(engine, attempt, status))
+
+    def _topology_answered(self, engine: str, attempt: int, status: int | str) -> None:
+        if self.rank.is_over():
+            return
+        profile = self.world.profile
+        waiting = [entry for entry in self._asking[engine] if self._is_wanted(entry)]
+        if status == 200:
+            del self._asking[engine]
+            self._topology.add(engine)
+            for entry in waiting:
+                self._resolve(entry)
+        elif attempt >= profile.number("topology_attempts") or not waiting:
+            del self._asking[engine]
+            for entry in waiting:
+                self._fail(entry, f"topology_{status}")
+        else:
+            self._asking[engine] = waiting
+            self.world.after(profile.number("topology_retry_s"), self._ask_topology, engine, attempt + 1)
+
+    def _is_wanted(self, entry: Entry) -> bool:
+        room = self.rank.rooms.get(entry.incarnation.room)
+        return room is not None and room.incarnation.pair == entry.incarnation.pair and room.local.poll == "Bootstrapping"
+
+    # -- DP rank
+
+    def _resolve(self, entry: Entry) -> None:
+        engine = self.rank.decode_engine.cluster.prefill[entry.request.prefill]
+        follows = self.world.topology.follows_room
+        facts = (engine.dp_ranks, follows, entry.request.pair[0] % engine.dp_ranks)
+        state, orders = self.world.machines.resolution.step(Resolution(), "TopologyLearned", facts)
+        if orders:
+            self._query(entry, state, 0)
+        else:
+            self._fetch(entry, state.rank)
+
+    def _query(self, entry: Entry, state: Resolution, repeat: int) -> None:
+        if not self._is_wanted(entry) or self.rank.is_over():
+            return
+
+        def answered(status: int | str, body: Any) -> None:
+            after, orders = self.world.machines.resolution.step(state, "DpRankAnswered", body if status == 200 else None)
+            if not orders:
+                self.world.mark(self.rank.node, "dp_rank_queried")
+                self._fetch(entry, after.rank)
+            else:
+                self.world.after(self.world.profile.number("dp_query_retry_s"), self._query, entry, after, repeat + 1)
+
+        room = entry.request.pair[0]
+        self._request(f"P{entry.request.prefill}", "POST /query_dp_ranks", room, repeat, answered)
+
+    # -- endpoints
+
+    def _targets(self, entry: Entry, dp: int) -> list[str]:
+        topology, mapping = self.world.topology, self.rank.mapping
+        sizes = topology.prefill.sizes
+        return [
+            rank_name("P", entry.request.prefill, sizes, dp, pp, tp, cp)
+            for pp in mapping.pp_ranks for tp in mapping.tp_ranks for cp in mapping.cp_ranks
+        ]  # fmt: skip
+
+    def _fetch(self, entry: Entry, dp: int | None) -> None:
+        if not self._is_wanted(entry) or self.rank.is_over() or dp is None:
+            return
+        engine = f"P{entry.request.prefill}"
+        known = self._endpoints.setdefault(engine, {})
+        missing = [node for node in self._targets(entry, dp) if node not in known]
+        if not missing:
+            self._finish(entry, dp)
+            return
+        node = missing[0]
+
+        def answered(status: int | str, body: Any) -> None:
+            if status == 200:
+                self._endpoints.setdefault(engine, {})[node] = body[node]
+                self._fetch(entry, dp)
+            elif self._is_wanted(entry):
+                self.drop(engine)
+                self._fail(entry, f"route_{status}")
+
+        self._request(engine, "GET /route", node, 0, answered)
+
+    def _finish(self, entry: Entry, dp: int) -> None:
+        from kvpoll.sim.decode import PeerRank
+
+        rank = self.rank
+        known = self._endpoints[f"P{entry.request.prefill}"]
+        ranks = rank.decode_engine.cluster.unique_indices
+        peers = tuple(PeerRank(ranks[node], node, known[node]) for node in self._targets(entry, dp))
+        rank.peers[rank.key(entry.incarnation)] = peers
+        mask = sum(1 << peer.index for peer in peers)
+        rank.deliver("RoutesResolved", entry.incarnation, (mask, rank.mapping.responses_required))
+        rank.deliver("SetupFinished", entry.incarnation)
+        self._join(entry)
+
+    def _fail(self, entry: Entry, cause: str) -> None:
+        """The set-up call of the receiver fails, and then returns; what the return does is a rule (sglang#24772)."""
+        self.world.mark(self.rank.node, "setup_failed")
+        self.rank.deliver("RouteUnavailable", entry.incarnation, cause)
+        self.rank.deliver("SetupFinished", entry.incarnation)
+        self._join(entry)
+
+    def _join(self, entry: Entry) -> None:
+        if entry.request.rid not in self.rank.entries and self.rank.by_pair.get(entry.request.pair) is entry:
+            self.rank.enqueue(entry)
+            self.rank.group.wake()
+
+    # -- HTTP
+
+    def _request(self, engine: str, route: str, detail: Any, repeat: int, reply: Any) -> None:
+        """Send one request; under http_calls = "blocking" the scheduler stands still until the answer."""
+        server = self.rank.decode_engine.cluster.server_of(engine)
+        world, began = self.world, self.world.now
+        if world.profile["http_calls"] == "asynchronous" or route.startswith("POST"):
+            server.request(self.rank.node, route, detail, repeat, reply)
+            return
+        stall = self.stall = simpy.Event(world.env)
+
+        def answered(status: int | str, body: Any) -> None:
+            if not self.rank.is_over():
+                world.emit(Stalled(world.now, self.rank.node, world.now - began, route))
+            if self.stall is stall:
+                self.stall = None
+            stall.succeed()
+            reply(status, body)
+
+        server.request(self.rank.node, route, detail, repeat, answered)

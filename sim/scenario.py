@@ -1,0 +1,288 @@
+"""Scenario files: a cluster, a workload, faults and what must come of it, as readable text.
+
+A scenario reads like an incident report. It is checked completely before it runs; an error names file, line,
+cause and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvpoll.sim.faults import Fault, kinds
+from kvpoll.sim.topology import EngineShape, Topology, rank_names
+from kvpoll.sim.workload import Arrival, Fixed, Lengths, Lognormal, bursts, poisson, read_mooncake, synthetic
+from kvpoll.spec.invariants import INVARIANTS
+from kvpoll.spec.protocol import Profile, Protocol, Value, check_rule_values
+from kvpoll.spec.source import BadInput, Source, nearest
+from kvpoll.spec.trace import EVENTS
+from kvpoll.statemachine.mapping import Sizes
+
+SCENARIOS = Path(__file__).with_name("scenarios")
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Under this profile (with these rules changed), exactly these invariants break, and these marks are seen."""
+
+    profile: str
+    label: str
+    rules: Mapping[str, Value]
+    violates: tuple[str, ...]
+    marks: tuple[str, ...]
+    causes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """hostile_s: how long requests and faults come. grace_s: from the heal to the probes. probes: requests then.
+
+    quiet_s: after the last probe, with no traffic, before the cluster is surveyed.
+    """
+
+    hostile_s: float = 30.0
+    grace_s: float = 15.0
+    probes: int = 4
+    quiet_s: float = 450.0
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One checked scenario file. ``digest`` identifies its text in traces."""
+
+    name: str
+    path: str
+    digest: str
+    title: str
+    story: str
+    upstream: str | None
+    race: str | None
+    topology: Topology
+    timing: Timing
+    workload: Callable[[random.Random, float], list[Arrival]]
+    faults: tuple[Fault, ...]
+    expectations: tuple[Expectation, ...]
+
+    def expectation(self, profile: str) -> Expectation | None:
+        """What the file says of a profile, by its name or label."""
+        return next((e for e in self.expectations if profile in (e.label, e.profile)), None)
+
+
+def find(name: str) -> Path:
+    """The path of a scenario given as a path or as the name of one that comes with kvpoll. Raises BadInput."""
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        return path
+    names = names_available()
+    if name not in names:
+        raise BadInput(f"unknown scenario {name!r}{nearest(name, names)}")
+    return SCENARIOS / f"{name}.toml"
+
+
+def names_available() -> list[str]:
+    """The scenarios that come with kvpoll."""
+    return sorted(path.stem for path in SCENARIOS.glob("*.toml"))
+
+
+def load_scenario(path: Path, protocol: Protocol) -> Scenario:
+    """Read and check one scenario file. Raises BadInput."""
+    return parse_scenario(Source(path), protocol, path.stem)
+
+
+def parse_scenario(source: Source, protocol: Protocol, name: str) -> Scenario:
+    """Check a parsed scenario. Raises BadInput at the offending line."""
+    data = source.data
+    keys = ("title", "story", "upstream", "race", "topology", "workload", "timing", "fault", "expect")
+    source.require_known((), data, keys, "key")
+    for key in ("title", "workload"):
+        if key not in data:
+            raise source.error((), f"a scenario needs `{key}`")
+    topology = _topology(source)
+    timing = _filled(source, ("timing",), data.get("timing", {}), Timing)
+    faults = tuple(_fault(source, index, entry, topology) for index, entry in enumerate(data.get("fault", [])))
+    expectations = tuple(_expectation(source, index, entry, protocol) for index, entry in enumerate(data.get("expect", [])))
+    return Scenario(
+        name=name,
+        path=source.name,
+        digest=hashlib.sha256(source.text.encode()).hexdigest()[:12],
+        title=data["title"],
+        story=data.get("story", "").strip(),
+        upstream=data.get("upstream"),
+        race=data.get("race"),
+        topology=topology,
+        timing=timing,
+        workload=_workload(source, data["workload"]),
+        faults=faults,
+        expectations=expectations,
+    )
+
+
+def _filled(source: Source, path: tuple[str | int, ...], entry: Mapping[str, Any], kind: type[Any]) -> Any:
+    """A dataclass of scalars from a table: known keys only, the right types, nothing negative."""
+    fields = {field.name: field.default for field in dataclasses.fields(kind) if not callable(field.default_factory)}
+    source.require_known(path, entry, fields, "key")
+    for name, value in entry.items():
+        _check_scalar(source, (*path, name), name, value, fields[name])
+    return kind(**entry)
+
+
+def _check_scalar(source: Source, path: tuple[str | int, ...], name: str, value: Any, default: Any) -> None:
+    if isinstance(default, bool) or isinstance(default, str):
+        if not isinstance(value, type(default)):
+            raise source.error(path, f"{name} must be a {type(default).__name__}, got {value!r}")
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise source.error(path, f"{name} must be a number, got {value!r}")
+    if value < 0:
+        raise source.error(path, f"{name} must not be negative, got {value!r}")
+    if isinstance(default, int) and not isinstance(value, int):
+        raise source.error(path, f"{name} must be a whole number, got {value!r}")
+
+
+def _topology(source: Source) -> Topology:
+    entry = dict(source.data.get("topology", {}))
+    shapes = {side: _shape(source, side, entry.pop(side, {})) for side in ("prefill", "decode")}
+    base = {field.name: field.default for field in dataclasses.fields(Topology) if field.name not in shapes}
+    source.require_known(("topology",), entry, [*base, *shapes], "key")
+    for name, value in entry.items():
+        _check_scalar(source, ("topology", name), name, value, base[name])
+    balances = ("follow_bootstrap_room", "total_requests", "total_tokens")
+    if entry.get("load_balance", balances[0]) not in balances:
+        raise source.error(("topology", "load_balance"), f"unknown load_balance {entry['load_balance']!r}{nearest(entry['load_balance'], balances)}")
+    topology = Topology(**entry, **shapes)
+    problem = topology.check()
+    if problem is not None:
+        raise source.error(("topology",), f"this cluster cannot exist: {problem}")
+    return topology
+
+
+def _shape(source: Source, side: str, entry: Mapping[str, Any]) -> EngineShape:
+    path = ("topology", side)
+    sizes = {name: entry[name] for name in Sizes._fields if name in entry}
+    rest = {name: value for name, value in entry.items() if name not in sizes}
+    fields = {field.name: field.default for field in dataclasses.fields(EngineShape) if field.name != "sizes"}
+    source.require_known(path, rest, [*fields, *Sizes._fields], "key")
+    for name, value in {**sizes, **rest}.items():
+        _check_scalar(source, (*path, name), name, value, fields.get(name, 1))
+        if value == 0 and name != "skew":
+            raise source.error((*path, name), f"this cluster cannot exist: {side} {name} is 0")
+    return EngineShape(sizes=Sizes(**sizes), **rest)
+
+
+def _fault(source: Source, index: int, entry: Mapping[str, Any], topology: Topology) -> Fault:
+    path = ("fault", index)
+    known = kinds()
+    kind = known.get(entry.get("kind", ""))
+    if kind is None:
+        raise source.error((*path, "kind"), f"unknown fault {entry.get('kind')!r}{nearest(entry.get('kind'), known)}")
+    source.require_known(path, entry, ("kind", "target", "at_s", "for_s", "trigger", *kind.parameters), "parameter")
+    for name in ("at_s", "for_s"):
+        _check_scalar(source, (*path, name), name, entry.get(name, 0.0), 0.0)
+    parameters = {name: entry.get(name, default) for name, default in kind.parameters.items()}
+    for name, value in parameters.items():
+        if value == "required":
+            raise source.error(path, f"fault {kind.name!r} needs the parameter {name!r}")
+        if name != "offset_s" and isinstance(value, int | float) and value < 0:
+            raise source.error((*path, name), f"{name} must not be negative, got {value!r}")
+    target = entry.get("target", "R")
+    _check_target(source, (*path, "target"), target, topology)
+    trigger = entry.get("trigger")
+    if trigger is not None:
+        _check_trigger(source, (*path, "trigger"), trigger)
+    return Fault(f"{kind.name}-{index}", kind, target, entry.get("at_s", 0.0), entry.get("for_s", 1e9), parameters, trigger)
+
+
+def _check_target(source: Source, path: tuple[str | int, ...], target: str, topology: Topology) -> None:
+    ranks = [*rank_names("P", topology.prefill), *rank_names("D", topology.decode)]
+    valid = {"R", "*", *ranks, *(f"B{number}" for number in range(topology.prefill.count))}
+    for rank in ranks:
+        parts = rank.split("/")
+        valid |= {"/".join(parts[:end]) for end in range(1, len(parts))}
+    if target not in valid:
+        raise source.error(path, f"no node {target!r} in this cluster{nearest(target, valid)}")
+
+
+def _check_trigger(source: Source, path: tuple[str | int, ...], trigger: Mapping[str, Any]) -> None:
+    if trigger.get("event") not in EVENTS:
+        raise source.error(path, f"unknown trace event {trigger.get('event')!r}{nearest(trigger.get('event'), EVENTS)}")
+    source.require_known(path, trigger, ("event", *EVENTS[trigger["event"]]._fields), "field")
+
+
+def _expectation(source: Source, index: int, entry: Mapping[str, Any], protocol: Protocol) -> Expectation:
+    path = ("expect", index)
+    source.require_known(path, entry, ("profile", "label", "rules", "violates", "marks", "causes"), "key")
+    profile = entry.get("profile")
+    if profile not in protocol.profiles:
+        raise source.error((*path, "profile"), f"unknown profile {profile!r}{nearest(profile, protocol.profiles)}")
+    check_rule_values(source, (*path, "rules"), entry.get("rules", {}), protocol.rules)
+    for name in entry.get("violates", []):
+        if name not in INVARIANTS:
+            raise source.error((*path, "violates"), f"unknown invariant {name!r}{nearest(name, INVARIANTS)}")
+    return Expectation(
+        profile, entry.get("label", profile), entry.get("rules", {}), tuple(entry.get("violates", ())),
+        tuple(entry.get("marks", ())), tuple(entry.get("causes", ())),
+    )  # fmt: skip
+
+
+def chosen_profile(protocol: Protocol, expectation: Expectation) -> Profile:
+    """The profile of an expectation, with the rules that it changes."""
+    return protocol.profile(expectation.profile).with_rules(expectation.rules)
+
+
+# ---------------------------------------------------------------------------------------------------- workloads
+
+WORKLOAD_KEYS: dict[str, tuple[str, ...]] = {
+    "requests": ("kind", "requests"),
+    "poisson": ("kind", "rate_per_s", "input_tokens", "output_tokens", "until_s"),
+    "bursts": ("kind", "rate_per_s", "burst_rate_per_s", "burst_s", "period_s", "input_tokens", "output_tokens", "until_s"),
+    "synthetic": ("kind",),
+    "mooncake": ("kind", "path"),
+}
+
+
+def _workload(source: Source, entry: Mapping[str, Any]) -> Callable[[random.Random, float], list[Arrival]]:
+    kind = entry.get("kind")
+    if kind not in WORKLOAD_KEYS:
+        raise source.error(("workload", "kind"), f"unknown workload {kind!r}{nearest(kind, WORKLOAD_KEYS)}")
+    source.require_known(("workload",), entry, WORKLOAD_KEYS[kind], "key")
+    for key in WORKLOAD_KEYS[kind]:
+        if key not in entry and key != "until_s":
+            raise source.error(("workload",), f"workload {kind!r} needs `{key}`")
+        if isinstance(entry.get(key), int | float):
+            _check_scalar(source, ("workload", key), key, entry[key], 0.0)
+    if kind == "requests":
+        return _listed(source, entry["requests"])
+    if kind == "synthetic":
+        return lambda chance, until_s: synthetic(chance, until_s)
+    if kind == "mooncake":
+        return lambda chance, until_s: read_mooncake(Path(entry["path"]), until_s)
+    lengths = Lengths(_lengths(entry["input_tokens"]), _lengths(entry["output_tokens"]))
+    limit = entry.get("until_s", float("inf"))
+    if kind == "poisson":
+        return lambda chance, until_s: poisson(chance, entry["rate_per_s"], min(until_s, limit), lengths)
+    return lambda chance, until_s: bursts(
+        chance, entry["rate_per_s"], entry["burst_rate_per_s"], entry["burst_s"], entry["period_s"],
+        min(until_s, limit), lengths,
+    )  # fmt: skip
+
+
+def _lengths(value: int) -> Fixed | Lognormal:
+    return Fixed(value)
+
+
+def _listed(source: Source, entries: list[Mapping[str, Any]]) -> Callable[[random.Random, float], list[Arrival]]:
+    arrivals = []
+    for index, entry in enumerate(entries):
+        path = ("workload", "requests", index)
+        source.require_known(path, entry, ("at_s", "input_tokens", "output_tokens"), "key")
+        for name in ("at_s", "input_tokens", "output_tokens"):
+            if name not in entry:
+                raise source.error(path, f"a request needs `{name}`")
+            _check_scalar(source, path, name, entry[name], 0.0 if name == "at_s" else 0)
+        arrivals.append(Arrival(float(entry["at_s"]), entry["input_tokens"], entry["output_tokens"]))
+    return lambda chance, until_s: sorted(arrivals)

@@ -1,0 +1,149 @@
+"""One-sided KV writes over shared links.
+
+Each rank has one network card of ``link_bytes_per_s``. A write occupies the writer's and the target's card from
+the moment both are free, so writes queue behind each other as they do on real links. A write is posted, later
+lands, and then settles; with a fault it lands in part, fails, or lands late, when its pages may be someone
+else's. Failing is one fact, having drained is another (ENGINES 4): a failed write settles only afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvpoll.sim.world import covers, engine_of
+from kvpoll.spec.trace import PageTag, WriteLanded, WritePosted, WriteSettled
+from kvpoll.spec.vocabulary import Incarnation
+
+if TYPE_CHECKING:
+    from kvpoll.sim.world import World
+
+
+class Destination(NamedTuple):
+    """What a decode rank published: itself, its incarnation of the room, its index, pages in prompt order, row."""
+
+    rank: Any
+    incarnation: Incarnation
+    index: int
+    pages: tuple[int, ...]
+    row: int
+
+
+class Write(NamedTuple):
+    """One posted write: pages ``first`` .. of the prompt, from ``source`` (a prefill rank) to a destination."""
+
+    serial: int
+    source: Any
+    destination: Destination
+    chunk: int
+    first: int
+    pages: tuple[int, ...]
+    last: bool
+    epochs: tuple[int, int]
+    done: Callable[..., None]
+
+
+class Transport:
+    """Moves bytes in virtual time and suffers the write faults."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.slow: list[tuple[str, float]] = []
+        self.faults: list[Any] = []
+        self._busy: dict[str, float] = {}
+        self._serial = 0
+        self._draw = world.chance("writes")
+
+    def post(self, source: Any, destination: Destination, chunk: int, first: int, source_pages: tuple[int, ...],
+             last: bool, done: Callable[..., None]) -> None:  # fmt: skip
+        """Post a write of ``len(source_pages)`` pages; ``done(outcome)`` gets "completed", "failed", "settled"."""
+        world = self.world
+        self._serial += 1
+        target = destination.rank
+        pages = destination.pages[first : first + len(source_pages)]
+        row = destination.row if last else None
+        world.emit(WritePosted(
+            world.now, source.node, self._serial, destination.incarnation, target.node, chunk, last,
+            source_pages, pages, row,
+        ))  # fmt: skip
+        start = max(world.now, self._busy.get(source.node, 0.0), self._busy.get(target.node, 0.0))
+        end = start + self._duration_s(source, target, len(pages))
+        self._busy[source.node] = self._busy[target.node] = end
+        epochs = (world.epochs[source.engine.name], world.epochs[target.engine.name])
+        write = Write(self._serial, source, destination, chunk, first, pages, last, epochs, done)
+        fault = self._fault_for(source.node)
+        if fault is None:
+            world.after(end - world.now, self._finish, write)
+        else:
+            fault.strike(self, write, end - world.now)
+
+    def _duration_s(self, source: Any, target: Any, pages: int) -> float:
+        topology = self.world.topology
+        share = topology.prefill.sizes.pp * max(topology.prefill.sizes.tp, topology.decode.sizes.tp)
+        size = max(1, pages) * topology.page_tokens * topology.kv_bytes_per_token / share
+        factor = 1.0
+        for prefix, slowdown in self.slow:
+            if covers(prefix, source.node) or covers(prefix, target.node):
+                factor *= slowdown
+        return topology.latency_s + factor * size / topology.link_bytes_per_s
+
+    def _fault_for(self, node: str) -> Any:
+        for fault in self.faults:
+            if covers(fault.target, node) and self._draw.random() < fault.share:
+                return fault
+        return None
+
+    def _finish(self, write: Write) -> None:
+        if self._is_cut(write):
+            self.fail(write, settle_s=1.0)
+            return
+        self.land(write, len(write.pages))
+        self.settle(write, ok=True)
+        write.done("completed")
+
+    def _is_cut(self, write: Write) -> bool:
+        world, source, target = self.world, write.source, write.destination.rank
+        if not world.alive[target.engine.name] or world.epochs[target.engine.name] != write.epochs[1]:
+            return True
+        return world.network.is_severed(source.node, target.node)
+
+    def is_writer_gone(self, write: Write) -> bool:
+        """Did the writing process die meanwhile? Then nothing more is read, placed or reported."""
+        engine = write.source.engine.name
+        return not self.world.alive[engine] or self.world.epochs[engine] != write.epochs[0]
+
+    def land(self, write: Write, count: int) -> None:
+        """Place the first ``count`` pages of a write, whoever owns them now; the aux row with the last of all."""
+        if self.is_writer_gone(write) or self._is_cut(write):
+            return
+        world, target = self.world, write.destination.rank
+        pair, source = write.destination.incarnation.pair, write.source.component
+        contents = target.kv.contents
+        for offset, page in enumerate(write.pages[:count]):
+            contents[page][source] = PageTag(pair, source, write.first + offset, write.chunk)
+        if write.last and count == len(write.pages):
+            target.place_row(write.destination.row, pair)
+        if world.stream.wants(WriteLanded):
+            world.emit(WriteLanded(world.now, target.node, write.serial, write.destination.incarnation, write.pages[:count]))
+
+    def settle(self, write: Write, ok: bool) -> None:
+        """No byte of this write moves any more."""
+        if not self.is_writer_gone(write):
+            self.world.emit(WriteSettled(self.world.now, write.source.node, write.serial, ok))
+
+    def fail(self, write: Write, settle_s: float) -> None:
+        """Tell the writer that it failed; it settles later."""
+        if self.is_writer_gone(write):
+            return
+        write.done("failed")
+        self.world.after(settle_s, self._settle_failed, write)
+
+    def _settle_failed(self, write: Write) -> None:
+        if not self.is_writer_gone(write):
+            self.settle(write, ok=False)
+            write.done("settled")
+
+    def forget(self, engine: str) -> None:
+        """The cards of a dead engine are idle."""
+        for node in [node for node in self._busy if engine_of(node) == engine]:
+            del self._busy[node]

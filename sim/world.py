@@ -1,0 +1,154 @@
+"""Virtual time and everything that is shared in it: clock, chance, messages, HTTP, links, events.
+
+SimPy's heap of (time, priority, order) is the only scheduler, so equal times keep insertion order; chance comes
+from generators named by purpose and derived from the seed; nothing else is a source of difference between two
+runs. A repeat is byte-identical.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import simpy
+
+from kvpoll.spec.invariants import Watch
+from kvpoll.spec.protocol import Profile, Protocol
+from kvpoll.spec.trace import Delivered, Lost, Marked, Sent, Stream
+from kvpoll.spec.vocabulary import Incarnation
+from kvpoll.statemachine.roles import Machines
+
+if TYPE_CHECKING:
+    from kvpoll.sim.topology import Topology
+
+
+class World:
+    """The stage of one run. ``now`` is in seconds since its start."""
+
+    def __init__(self, protocol: Protocol, profile: Profile, topology: Topology, seed: int | str, stream: Stream) -> None:
+        self.env = simpy.Environment()
+        self.protocol = protocol
+        self.profile = profile
+        self.topology = topology
+        self.seed = seed
+        self.stream = stream
+        self.machines = Machines(protocol, profile)
+        self.watch = Watch(stream, protocol.bounds)
+        self.network = Network(self)
+        self.marks: dict[str, int] = {}
+        self.epochs: dict[str, int] = {}
+        self.alive: dict[str, bool] = {}
+
+    @property
+    def now(self) -> float:
+        return float(self.env.now)
+
+    def chance(self, purpose: str) -> random.Random:
+        """A random generator of its own for every purpose, so that a change in one disturbs no other."""
+        return random.Random(f"{self.seed}/{purpose}")
+
+    def after(self, delay_s: float, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function later."""
+        event = simpy.Timeout(self.env, delay_s)
+        assert event.callbacks is not None
+        event.callbacks.append(lambda _: function(*arguments))
+
+    def emit(self, event: Any) -> None:
+        """Tell invariants and recorder what happened; deadlines that passed before it are judged first."""
+        self.watch.advance(event.t)
+        self.stream.emit(event)
+
+    def scheduled_events(self) -> int:
+        """How many SimPy events this run has scheduled. SimPy numbers them and says the next number only so."""
+        return int(repr(self.env._eid).removeprefix("count(").removesuffix(")"))
+
+    def mark(self, node: str, mark: str) -> None:
+        """Witness something that a scenario waits for."""
+        self.marks[mark] = self.marks.get(mark, 0) + 1
+        if self.marks[mark] == 1 or self.stream.wants(Marked):
+            self.emit(Marked(self.now, node, mark))
+
+
+def engine_of(node: str) -> str:
+    """``P0`` for ``P0/dp1/tp0``."""
+    return node.partition("/")[0]
+
+
+class Network:
+    """Ordered channels between nodes, with latency, disconnects and partitions.
+
+    A channel keeps order (TCP); nothing orders two channels. A severed channel loses what is in flight on it and
+    what is sent into it, and both ends notice when it comes back (``on_restored``).
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.severed: list[tuple[str, str]] = []
+        self.delays: list[tuple[str, float, bool]] = []
+        self.duplicating: list[tuple[str, float]] = []
+        self.on_restored: Callable[[str, str], None] = lambda left, right: None
+        self._last: dict[tuple[str, str], float] = {}
+        self._broken: set[tuple[str, str]] = set()
+        self._serial = 0
+        self._jitter = world.chance("latency")
+        self._copies = world.chance("duplicates")
+
+    def is_severed(self, left: str, right: str) -> bool:
+        """Is there a partition between two nodes? Engines are named by prefix, "*" is everyone."""
+        return bool(self.severed) and any(
+            (covers(a, left) and covers(b, right)) or (covers(a, right) and covers(b, left)) for a, b in self.severed
+        )
+
+    def latency_s(self, node: str) -> float:
+        """One draw of one-way latency to or from ``node``."""
+        delay = self.world.topology.latency_s * (1.0 + self._jitter.random())
+        for prefix, extra_s, is_random in self.delays:
+            if covers(prefix, node):
+                delay += extra_s * (self._jitter.random() if is_random else 1.0)
+        return delay
+
+    def send(self, node: str, to: str, message: str, incarnation: Incarnation, deliver: Callable[..., None], *arguments: Any) -> None:
+        """Send a control message; ``deliver(*arguments)`` is called when it arrives, if it arrives."""
+        world = self.world
+        self._serial += 1
+        serial = self._serial
+        if world.stream.wants(Sent):
+            world.emit(Sent(world.now, node, to, message, incarnation, serial))
+        arrival = max(self._last.get((node, to), 0.0), world.now + self.latency_s(node))
+        self._last[node, to] = arrival
+        epoch = world.epochs.get(engine_of(to), 0)
+        parcel = (node, to, message, incarnation, serial, epoch, deliver, arguments)
+        world.after(arrival - world.now, self._arrive, parcel)
+        if self.duplicating and any(covers(p, node) and self._copies.random() < share for p, share in self.duplicating):
+            world.mark(node, "message_duplicated")
+            world.after(arrival - world.now, self._arrive, parcel)
+
+    def _arrive(self, parcel: tuple[Any, ...]) -> None:
+        node, to, message, incarnation, serial, epoch, deliver, arguments = parcel
+        world = self.world
+        if self.is_severed(node, to):
+            self._broken.add((node, to))
+            world.mark(node, "message_lost")
+            world.emit(Lost(world.now, to, node, message, incarnation, serial))
+            return
+        if not world.alive.get(engine_of(to), True) or world.epochs.get(engine_of(to), 0) != epoch:
+            world.emit(Lost(world.now, to, node, message, incarnation, serial))
+            return
+        if world.stream.wants(Delivered):
+            world.emit(Delivered(world.now, to, node, message, incarnation, serial))
+        deliver(*arguments)
+
+    def restore(self, left: str, right: str) -> None:
+        """A partition ends; both ends of every channel that lost something learn of it."""
+        self.severed.remove((left, right))
+        pairs = sorted({(min(pair), max(pair)) for pair in self._broken if not self.is_severed(*pair)})
+        self._broken = {pair for pair in self._broken if self.is_severed(*pair)}
+        for one, other in pairs:
+            self.world.mark(one, "link_restored")
+            self.on_restored(one, other)
+
+
+def covers(prefix: str, node: str) -> bool:
+    """Does a fault's target name this node? "*" is everyone, "P0" is engine P0 with all its ranks."""
+    return prefix == "*" or node == prefix or node.startswith(prefix + "/")

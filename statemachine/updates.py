@@ -1,0 +1,145 @@
+"""The bookkeeping that rows of ``spec/kvpoll.toml`` name: pure changes of a state, given a fact's detail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Update = Callable[[Any, Any], Any]
+UPDATES: dict[str, Update] = {}
+
+
+def _update(function: Update) -> Update:
+    UPDATES[function.__name__] = function
+    return function
+
+
+# -- rooms
+
+
+@_update
+def own(state: Any, detail: Any) -> Any:
+    return state._replace(owned=True)
+
+
+@_update
+def adopt(state: Any, detail: Any) -> Any:
+    """The newcomer uses the old entry as its own; the machine gives it the newcomer's identity."""
+    return state._replace(cleared=False)
+
+
+@_update
+def expect(state: Any, detail: Any) -> Any:
+    return state._replace(expected=detail)
+
+
+@_update
+def note_arrival(state: Any, detail: Any) -> Any:
+    return state._replace(arrived=state.arrived | 1 << detail[0])
+
+
+@_update
+def note_abort(state: Any, detail: Any) -> Any:
+    return state._replace(asked=state.asked | 1 << detail)
+
+
+@_update
+def count_write(state: Any, detail: Any) -> Any:
+    return state._replace(outstanding=state.outstanding + 1, last=state.last or bool(detail))
+
+
+@_update
+def uncount_write(state: Any, detail: Any) -> Any:
+    return state._replace(outstanding=max(0, state.outstanding - 1))
+
+
+@_update
+def note_routes(state: Any, detail: Any) -> Any:
+    contacted, required = detail
+    return state._replace(contacted=contacted, expected=required)
+
+
+@_update
+def note_response(state: Any, detail: Any) -> Any:
+    return state._replace(arrived=state.arrived | 1 << detail[0])
+
+
+@_update
+def note_drain(state: Any, detail: Any) -> Any:
+    return state._replace(drained=state.drained | 1 << detail)
+
+
+@_update
+def note_death(state: Any, detail: Any) -> Any:
+    """A dead process writes nothing any more: everyone contacted has drained (ENGINES 4)."""
+    return state._replace(drained=state.contacted)
+
+
+@_update
+def mark_cleared(state: Any, detail: Any) -> Any:
+    return state._replace(cleared=True)
+
+
+@_update
+def forget(state: Any, detail: Any) -> Any:
+    return type(state)()
+
+
+# -- rendezvous
+
+
+@_update
+def count_attempt(state: Any, detail: Any) -> Any:
+    return state._replace(attempt=state.attempt + 1)
+
+
+@_update
+def first_attempt(state: Any, detail: Any) -> Any:
+    return state._replace(attempt=1)
+
+
+@_update
+def enter_rank(state: Any, detail: Any) -> Any:
+    """The newest process of a rank retires the endpoint of its predecessor."""
+    rank, epoch, _ = detail
+    others = tuple(entry for entry in state.ranks if entry[0] != rank)
+    return state._replace(ranks=tuple(sorted((*others, (rank, epoch)))), puts=state.puts + 1)
+
+
+@_update
+def enter_dp_rank(state: Any, detail: Any) -> Any:
+    return state._replace(rank=detail)
+
+
+@_update
+def resolve_zero(state: Any, detail: Any) -> Any:
+    return state._replace(rank=0)
+
+
+@_update
+def resolve_by_room(state: Any, detail: Any) -> Any:
+    return state._replace(rank=detail[2])
+
+
+@_update
+def resolve_by_answer(state: Any, detail: Any) -> Any:
+    return state._replace(rank=detail)
+
+
+@_update
+def believe_epoch(state: Any, detail: Any) -> Any:
+    return state._replace(epoch=detail, misses=0)
+
+
+@_update
+def count_miss(state: Any, detail: Any) -> Any:
+    return state._replace(misses=state.misses + 1)
+
+
+# -- collectives
+
+
+@_update
+def enter_collective(state: Any, detail: Any) -> Any:
+    index, _, shape = detail
+    return state._replace(entered=state.entered | 1 << index, shape=shape)
