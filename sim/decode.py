@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvpoll.sim.engine import Detector, Engine, Request
-from kvpoll.sim.group import Collectives, Loop, Waiting
+from kvpoll.sim.group import Collectives, Turns, Waiting
 from kvpoll.sim.pools import Pool
 from kvpoll.sim.rank import Rank
 from kvpoll.sim.routes import Finder
@@ -75,7 +75,6 @@ class DecodeRank(Rank):
         self.tp = tp
         self.index = tp
         self.collectives = group.collectives
-        self.loop = Loop(self.world)
         self.kv = Pool(self.world, node, "kv", engine.shape.kv_pages)
         self.aux = Pool(self.world, node, "aux", engine.shape.rows)
         self.row_owners: list[tuple[int, int] | None] = [None] * engine.shape.rows
@@ -170,7 +169,7 @@ class DecodeRank(Rank):
     def _run(self) -> Waiting:
         world, shape = self.world, self.engine.shape
         while not self.is_over():
-            yield from self.loop.rest()
+            yield from self.group.turns.rest(self.index)
             if self.is_over():
                 return
             busy = any(entry.state.state == "Running" for entry in self.entries.values())
@@ -188,7 +187,7 @@ class DecodeRank(Rank):
         changed = self._decide(reports)
         changed |= self._admit(reports, budget)
         if commands or changed:
-            self.loop.wake()
+            self.group.turns.again(self.index)
 
     def _exchange(self) -> Waiting:
         """Agree with the other tensor ranks on commands, polls, and what memory the tightest rank has."""
@@ -399,13 +398,13 @@ class Group:
 
     def __init__(self, engine: DecodeEngine, dp: int) -> None:
         self.name = f"{engine.name}/dp{dp}"
+        self.turns = Turns(engine.world, engine.shape.sizes.tp)
         self.collectives = Collectives(engine.world, self.name, engine.shape.sizes.tp)
         self.ranks: list[DecodeRank] = []
 
     def wake(self) -> None:
         """Every rank takes a turn."""
-        for rank in self.ranks:
-            rank.loop.wake()
+        self.turns.wake()
 
 
 class DecodeEngine(Engine):

@@ -58,24 +58,38 @@ class Collectives:
         return result
 
 
-class Loop:
-    """The scheduler loop of one rank, asleep while there is nothing to see."""
+class Turns:
+    """The turns that the ranks of one group take together, asleep while there is nothing to see.
 
-    def __init__(self, world: World) -> None:
+    Every rank takes every turn, so that their collectives pair up; who is early waits in the collective.
+    """
+
+    def __init__(self, world: World, size: int = 1) -> None:
         self.world = world
-        self._awake = False
-        self._sleep: simpy.Event | None = None
+        self._wanted = 0
+        self._begun = [0] * size
+        self._sleepers: list[simpy.Event | None] = [None] * size
 
     def wake(self) -> None:
-        """Something changed; take a turn at the next boundary."""
-        self._awake = True
-        if self._sleep is not None:
-            sleep, self._sleep = self._sleep, None
-            sleep.succeed()
+        """Something changed: one more turn for everybody, after any that a rank has already begun."""
+        self._want(max(self._begun) + 1)
 
-    def rest(self) -> Waiting:
-        """Sleep until woken (returns at once when already woken)."""
-        if not self._awake:
-            self._sleep = simpy.Event(self.world.env)
-            yield self._sleep
-        self._awake = False
+    def again(self, index: int) -> None:
+        """The turn that rank ``index`` has just taken changed something: one more after it."""
+        self._want(self._begun[index] + 1)
+
+    def _want(self, turn: int) -> None:
+        if turn <= self._wanted:
+            return
+        self._wanted = turn
+        for index, sleeper in enumerate(self._sleepers):
+            if sleeper is not None:
+                self._sleepers[index] = None
+                sleeper.succeed()
+
+    def rest(self, index: int) -> Waiting:
+        """Sleep until a turn is wanted that rank ``index`` has not begun, then begin it."""
+        if self._begun[index] >= self._wanted:
+            sleeper = self._sleepers[index] = simpy.Event(self.world.env)
+            yield sleeper
+        self._begun[index] += 1

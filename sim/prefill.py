@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvpoll.sim.engine import Detector, Engine, Request
-from kvpoll.sim.group import Collectives, Loop, Waiting
+from kvpoll.sim.group import Collectives, Turns, Waiting
 from kvpoll.sim.pools import Pool
 from kvpoll.sim.rank import Rank
 from kvpoll.sim.topology import rank_name
@@ -92,7 +92,7 @@ class PrefillRank(Rank):
         self.component = node
         self.collectives = replica.collectives[pp]
         self.index = cp * engine.shape.sizes.tp + tp
-        self.loop = Loop(self.world)
+        self.turns = replica.turns if pp == 0 else Turns(self.world)
         self.kv = Pool(self.world, node, "kv", engine.shape.kv_pages)
         self.destinations: dict[tuple[int, ...], dict[int, Destination]] = {}
         self.askers: dict[tuple[int, ...], dict[int, tuple[str, Incarnation]]] = {}
@@ -101,7 +101,7 @@ class PrefillRank(Rank):
         self.steps: deque[Step] = deque()
         self.stage_reports: list[dict[str, Report]] = [{} for _ in range(engine.shape.sizes.pp)]
         self.agreed: tuple[str, ...] = ()
-        self.turns = 0
+        self.step_number = 0
         self.registration = Registration()
         self._actions |= {
             "NotifyDecode": self._notify_decode,
@@ -206,7 +206,7 @@ class PrefillRank(Rank):
         world, shape = self.world, self.engine.shape
         while not self.is_over():
             if self.pp == 0 or not self.steps:
-                yield from self.loop.rest()
+                yield from self.turns.rest(self.index if self.pp == 0 else 0)
             if self.is_over():
                 return
             yield world.env.timeout(shape.idle_s * self.engine.pace(self) * (0.5 + self.chance.random()))
@@ -230,12 +230,12 @@ class PrefillRank(Rank):
         self._apply([*bootstrap, *transfer])
         batch = self._pick(free)
         sent = transfer if ring else [*bootstrap, *transfer]
-        self._hand_on(Step(self.turns, commands, Ring(tuple(sent), tuple(queue), ready, agreed), batch))
-        self.turns += 1
+        self._hand_on(Step(self.step_number, commands, Ring(tuple(sent), tuple(queue), ready, agreed), batch))
+        self.step_number += 1
         if batch:
             yield from self._compute(batch)
         if batch or bootstrap or transfer or commands:
-            self.loop.wake()
+            self.turns.again(self.index)
 
     def _exchange(self) -> Waiting:
         """Agree with the other tensor ranks on commands, polls and free pages."""
@@ -293,7 +293,7 @@ class PrefillRank(Rank):
     def receive_step(self, step: Step) -> None:
         """The stage before has taken a turn."""
         self.steps.append(step)
-        self.loop.wake()
+        self.turns.wake()
 
     def receive_agreed(self, candidates: tuple[str, ...]) -> None:
         """The ring is closed: these requests are ready on every stage."""
@@ -318,7 +318,6 @@ class PrefillRank(Rank):
         batch = step.batch
         if profile["pp_decision"] != "rank0_by_request_id":
             batch = self._pick(len(self.kv.free))
-        self.turns = step.number
         self._hand_on(step._replace(ring=ring))
         if self._pipeline_agrees(step, batch) and step.batch:
             yield from self._compute(step.batch)
@@ -562,6 +561,7 @@ class Replica:
         self.name = f"{engine.name}/dp{dp}"
         group = sizes.tp * sizes.cp
         self.size = group * sizes.pp
+        self.turns = Turns(engine.world, group)
         self.collectives = [Collectives(engine.world, f"{self.name}/pp{pp}", group) for pp in range(sizes.pp)]
         self.ranks: list[list[PrefillRank]] = []
 
@@ -577,8 +577,7 @@ class Replica:
 
     def wake(self) -> None:
         """Every rank of stage 0 takes a turn; the later stages follow."""
-        for rank in self.ranks[0]:
-            rank.loop.wake()
+        self.turns.wake()
 
     def block(self) -> None:
         """The pipeline hangs."""

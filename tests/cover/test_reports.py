@@ -421,13 +421,13 @@ def test_messages_are_matched_by_serial_whatever_became_of_them() -> None:
 
 def test_requests_meet_their_answers_in_order() -> None:
     s = Scribe()
-    s.add(*(trace.Requested(t, "D0", "B0", "GET /route", place) for place, t in enumerate((1.0, 1.5, 1.8))))
+    s.add(*(trace.Requested(t, "D0", "B0", "GET /route", place) for place, t in enumerate((1.0, 1.1, 1.8))))
     s.add(trace.Answered(1.2, "D0", "B0", "GET /route", 503))
     s.add(trace.Answered(1.7, "D0", "B0", "GET /route", "timeout"))
     found = [(arrow.begin_s, arrow.end_s, arrow.label, arrow.outcome) for arrow in arrows(s.done(), s.pair)]
     assert found == [
         (1.0, 1.2, "GET /route 503", "failed"),
-        (1.5, 1.7, "GET /route timeout", "lost"),
+        (1.1, 1.7, "GET /route timeout", "lost"),
         (1.8, 1.8, "GET /route unanswered", "pending"),
     ]
 
