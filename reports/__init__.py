@@ -13,6 +13,7 @@ production log give the same picture::
          extra=[gauge_row("num_prefill_bootstrap_queue_reqs")])
 
 spacetime: one request on every rank that took part, with its violations.
+reading: the same request as values, without a picture.
 gauges: queue lengths as an operator sees them, and success rates with intervals.
 style: paper, ink and time axis, and files that are byte-identical when nothing has changed.
 
@@ -25,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvpoll.reports.gauges import draw_gauge, draw_success_curve, gauge_row, gauge_series, wilson
-    from kvpoll.reports.spacetime import ExtraRow, Panel, Story, bars, draw, pick_focus, story
+    from kvpoll.reports.reading import Story, bars, pick_focus, story
+    from kvpoll.reports.spacetime import ExtraRow, Panel, draw
     from kvpoll.reports.style import Warp, warp
 
 __all__ = [
@@ -45,14 +47,18 @@ __all__ = [
     "wilson",
 ]
 
-_GAUGES = {"draw_gauge", "draw_success_curve", "gauge_row", "gauge_series", "wilson"}
+_HOMES = {
+    **dict.fromkeys(("draw_gauge", "draw_success_curve", "gauge_row", "gauge_series", "wilson"), "gauges"),
+    **dict.fromkeys(("Story", "bars", "pick_focus", "story"), "reading"),
+    **dict.fromkeys(("Warp", "warp"), "style"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(f"{__name__}.{'gauges' if name in _GAUGES else 'spacetime'}"), name)
+        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'spacetime')}"), name)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise

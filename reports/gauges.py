@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from kvpoll.reports import style
-from kvpoll.reports.spacetime import ExtraRow, Panel, lane_order
+from kvpoll.reports.reading import lane_order
+from kvpoll.reports.spacetime import ExtraRow, Panel
 from kvpoll.spec import trace
 
 Series = dict[str, tuple[list[float], list[int]]]

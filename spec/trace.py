@@ -6,7 +6,7 @@ Times are seconds since the start of the trace. Nodes are named by what they are
 bootstrap server of prefill engine 0, ``P0/dp1/pp0/tp1`` a prefill rank, ``D0/dp0/tp1`` a decode rank
 (dimensions of size one are left out, so a lone rank is ``P0``).
 
-Invariants (``spec/invariants.py``) read these events and nothing else, which is why one set of them can judge a
+Invariants (``spec/invariants/``) read these events and nothing else, which is why one set of them can judge a
 simulation, an exhaustive search and a production log alike.
 """
 
@@ -213,11 +213,11 @@ class Addressed(NamedTuple):
 
 
 class PageTag(NamedTuple):
-    """What a page holds, seen as data: who wrote it, for whom, and which part of the prompt it is."""
+    """What a page holds, as data: who wrote it, for whom, and which page of the prompt it is (``part``)."""
 
     pair: Pair
     source: str
-    index: int
+    part: int
     chunk: int
 
 

@@ -28,7 +28,7 @@ from kvpoll.reports import (
     warp,
     wilson,
 )
-from kvpoll.reports.spacetime import Arrow, Bar, arrows, axes_of, findings, lane_order, lanes
+from kvpoll.reports.reading import Arrow, Bar, arrows, axes_of, findings, lane_order, lanes
 from kvpoll.spec import trace
 from kvpoll.spec.vocabulary import Incarnation
 
