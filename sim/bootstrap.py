@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvpoll.spec.trace import Answered, NodeStarted, NodeStopped, Requested
+from kvpoll.spec.trace import Answered, HealthReported, NodeStarted, NodeStopped, Requested
 from kvpoll.statemachine.roles import DpEntry, Registry
 
 if TYPE_CHECKING:
@@ -96,7 +96,10 @@ class BootstrapServer:
     def _serve(self, route: str, detail: Any) -> tuple[int, Any]:
         machines = self.world.machines
         if route == "PUT /route":
-            self.registry, orders = machines.registry.step(self.registry, "RankRegistered", detail)
+            before = self.registry.state
+            self.registry, _ = machines.registry.step(self.registry, "RankRegistered", detail)
+            if self.registry.state == "Ready" != before:
+                self._tell_readiness(detail[2])
             return 200, None
         if route == "GET /route":
             self.registry, orders = machines.registry.step(self.registry, "RouteRequested", detail)
@@ -111,6 +114,11 @@ class BootstrapServer:
         entry = self.dp_entries.get(detail, DpEntry())
         _, orders = machines.dp_entry.step(entry, "DpRankQueried", None)
         return 200, entry.rank if orders else None
+
+    def _tell_readiness(self, expected: int) -> None:
+        """What the server says of its table, and whether every rank is really there (C1, B44)."""
+        complete = len(self.registry.ranks) >= expected
+        self.world.emit(HealthReported(self.world.now, self.name, True, complete))
 
     def _expire(self, room: int, entry: DpEntry, epoch: int) -> None:
         if self.epoch == epoch and self.dp_entries.get(room) is entry:

@@ -48,7 +48,7 @@ class PeerRank(NamedTuple):
 class Entry:
     """A request in a decode rank's scheduler."""
 
-    __slots__ = ("incarnation", "pages", "rejected", "request", "row", "state")
+    __slots__ = ("aborted", "incarnation", "pages", "rejected", "request", "row", "state")
 
     def __init__(self, request: Request, epoch: int) -> None:
         self.request = request
@@ -57,6 +57,7 @@ class Entry:
         self.pages: tuple[int, ...] = ()
         self.row = -1
         self.rejected: str | None = None
+        self.aborted: str | None = None
 
 
 class DecodeRank(Rank):
@@ -213,7 +214,8 @@ class DecodeRank(Rank):
         return payloads[0], merged, [memory]
 
     def _own_report(self, entry: Entry) -> Report:
-        return Report(0, entry.rejected) if entry.rejected is not None else self.report(entry.incarnation)
+        given_up = entry.rejected or entry.aborted
+        return Report(0, given_up) if given_up is not None else self.report(entry.incarnation)
 
     def _obey(self, commands: tuple[tuple[Any, ...], ...]) -> None:
         for command in commands:
@@ -228,6 +230,7 @@ class DecodeRank(Rank):
         if entry.state.state == "Running":
             self._end_running(entry, "DropAgreed")
         else:
+            entry.aborted = cause
             self.deliver("AbortRequested", entry.incarnation, cause)
 
     def _open(self, request: Request) -> None:
@@ -260,7 +263,7 @@ class DecodeRank(Rank):
         """Apply what the merged polls say: drop what failed, commit what succeeded."""
         decisions: list[Decision] = []
         for rid, entry in self.entries.items():
-            report = reports.get(rid)
+            report = reports.get(rid) if entry.aborted is None else Report(0, entry.aborted)
             if report is None or report.poll == BOOTSTRAPPING:
                 continue
             if entry.state.state == "Transfer":

@@ -163,13 +163,17 @@ def _process_down(injector: Injector, fault: Fault) -> Undo:
 
     def restart() -> None:
         for server in servers:
-            if not any(other.target == server.name for other, _ in injector.active.values()):
+            if not _is_held_down(injector, server.name):
                 server.start(True)
                 cluster.disturb(server.name)
         engine.start()
         cluster.disturb(name)
 
     return restart
+
+
+def _is_held_down(injector: Injector, name: str) -> bool:
+    return any(other.target == name and other.kind.effect == "process_down" for other, _ in injector.active.values())
 
 
 def _server_slow(injector: Injector, fault: Fault) -> Undo:

@@ -28,11 +28,16 @@ SCENARIOS = Path(__file__).with_name("scenarios")
 
 @dataclass(frozen=True)
 class Expectation:
-    """Under this profile (with these rules changed), exactly these invariants break, and these marks are seen."""
+    """Under this profile (with these rules changed), exactly these invariants break, and these marks are seen.
+
+    In a file `shows` lists what the race is about and `follows` what else breaks in its wake; both together are
+    ``violates``. Neither means that every invariant holds.
+    """
 
     profile: str
     label: str
     rules: Mapping[str, Value]
+    shows: tuple[str, ...]
     violates: tuple[str, ...]
     marks: tuple[str, ...]
     causes: tuple[str, ...]
@@ -215,16 +220,18 @@ def _check_trigger(source: Source, path: tuple[str | int, ...], trigger: Mapping
 
 def _expectation(source: Source, index: int, entry: Mapping[str, Any], protocol: Protocol) -> Expectation:
     path = ("expect", index)
-    source.require_known(path, entry, ("profile", "label", "rules", "violates", "marks", "causes"), "key")
+    source.require_known(path, entry, ("profile", "label", "rules", "shows", "follows", "marks", "causes"), "key")
     profile = entry.get("profile")
     if profile not in protocol.profiles:
         raise source.error((*path, "profile"), f"unknown profile {profile!r}{nearest(profile, protocol.profiles)}")
     check_rule_values(source, (*path, "rules"), entry.get("rules", {}), protocol.rules)
-    for name in entry.get("violates", []):
-        if name not in INVARIANTS:
-            raise source.error((*path, "violates"), f"unknown invariant {name!r}{nearest(name, INVARIANTS)}")
+    for key in ("shows", "follows"):
+        for name in entry.get(key, []):
+            if name not in INVARIANTS:
+                raise source.error((*path, key), f"unknown invariant {name!r}{nearest(name, INVARIANTS)}")
+    shows = tuple(entry.get("shows", ()))
     return Expectation(
-        profile, entry.get("label", profile), entry.get("rules", {}), tuple(entry.get("violates", ())),
+        profile, entry.get("label", profile), entry.get("rules", {}), shows, (*shows, *entry.get("follows", ())),
         tuple(entry.get("marks", ())), tuple(entry.get("causes", ())),
     )  # fmt: skip
 

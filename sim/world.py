@@ -95,8 +95,13 @@ class Network:
         self._copies = world.chance("duplicates")
 
     def is_severed(self, left: str, right: str) -> bool:
-        """Is there a partition between two nodes? Engines are named by prefix, "*" is everyone."""
-        return bool(self.severed) and any(
+        """Is there a partition between two nodes? Engines are named by prefix, "*" is everyone.
+
+        Ranks of one engine share their fate: a broken link inside it is a crash, not a lost message.
+        """
+        if not self.severed or engine_of(left) == engine_of(right):
+            return False
+        return any(
             (covers(a, left) and covers(b, right)) or (covers(a, right) and covers(b, left)) for a, b in self.severed
         )
 
@@ -120,7 +125,7 @@ class Network:
         epoch = world.epochs.get(engine_of(to), 0)
         parcel = (node, to, message, incarnation, serial, epoch, deliver, arguments)
         world.after(arrival - world.now, self._arrive, parcel)
-        if self.duplicating and any(covers(p, node) and self._copies.random() < share for p, share in self.duplicating):
+        if self.duplicating and engine_of(node) != engine_of(to) and any(covers(p, node) and self._copies.random() < share for p, share in self.duplicating):
             world.mark(node, "message_duplicated")
             world.after(arrival - world.now, self._arrive, parcel)
 

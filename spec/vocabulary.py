@@ -26,6 +26,9 @@ UNPOLLED: Final[frozenset[str]] = frozenset({"Absent", "Announced", "Retired"})
 Absent: nothing is known. Announced: the peer spoke first. Retired: a tombstone that remembers the outcome.
 """
 
+ROUTER_CAUSES: Final[frozenset[str]] = frozenset({"engine_crashed", "connection_refused", "client_left"})
+"""Failures that the router sees for itself, before any rank reports one."""
+
 
 class Incarnation(NamedTuple):
     """The identity of one try at one room, as one process holds it.

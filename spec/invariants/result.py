@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvpoll.spec import trace
 from kvpoll.spec.invariants.monitor import Monitor, MortalMonitor, Recent
 from kvpoll.spec.trace import Pair
+from kvpoll.spec.vocabulary import ROUTER_CAUSES
 
 
 class _Running:
@@ -20,7 +21,8 @@ class _Running:
 
 class TruthfulResult(MortalMonitor):
     """S9. Resulted ok: every decode rank of the admission has Committed, and no rank of the pair has turned
-    Failed. Resulted not ok: the cause is that of one of the failures seen for the pair, if any was seen.
+    Failed. Resulted not ok: the cause is that of one of the failures seen for the pair, if any was seen, or one
+    that the router saw for itself.
 
     Ranks that stopped since the admission are not judged; what they said as they failed still counts as a
     cause. What happens after the answer (a client that leaves, a late abort) makes no answer untrue.
@@ -44,7 +46,7 @@ class TruthfulResult(MortalMonitor):
             return
         running = self._running.get(event.incarnation.pair)
         if running is not None:
-            running.failures[event.node] = event.cause
+            running.failures.setdefault(event.node, event.cause)
 
     def on_resulted(self, event: trace.Resulted) -> None:
         running = self._running.pop(event.pair, None)
@@ -68,7 +70,7 @@ class TruthfulResult(MortalMonitor):
 
 def _false_cause(running: _Running, cause: str | None) -> str | None:
     causes = running.failures.values()
-    if not causes or cause in causes:
+    if not causes or cause in causes or cause in ROUTER_CAUSES:
         return None
     seen = ", ".join(sorted({str(failure) for failure in causes}))
     return f"the client was told {cause!r}, but the failures were {seen}"

@@ -78,7 +78,8 @@ class StickyTerminal(Monitor):
 
 class NoResurrection(Monitor):
     """S4. A pair that a node has cleared (numbered to Absent, or anything to Retired) never becomes Announced
-    or numbered there again; and only RequestOpened leads from Absent to a numbered poll.
+    or numbered there again. A message that comes before its room was ever opened is early, not late, and is no
+    violation: what becomes of such a room is R2's business.
 
     Each node remembers its last ``REMEMBERED`` cleared pairs and forgets them when it stops. Another attempt
     at the same room is another pair, and welcome.
@@ -103,11 +104,7 @@ class NoResurrection(Monitor):
         pair, after = event.incarnation.pair, event.poll_after
         if pair in self._cleared.get(event.node, ()):
             text = f"{event.fact} brought a cleared room back as {after}"
-        elif event.poll_before == "Absent" and after in POLL_NUMBERS and event.fact != OPENING:
-            text = f"{event.fact} made a room {after} that nobody opened"
-        else:
-            return
-        self.violate(event.t, event.node, pair, text)
+            self.violate(event.t, event.node, pair, text)
 
     def on_node_stopped(self, event: NodeStopped) -> None:
         """A new process has cleared nothing."""
