@@ -86,6 +86,18 @@ class Cluster:
         if rank is not None:
             rank.receive_abort(incarnation, index, asker, theirs)
 
+    def status_at(self, node: str, incarnation: Incarnation, index: int, outcome: str) -> None:
+        """A prefill rank's outcome arrived at a decode node."""
+        rank = self.rank(node)
+        if rank is not None:
+            rank.receive_status(incarnation, index, outcome)
+
+    def ack_at(self, node: str, incarnation: Incarnation, index: int) -> None:
+        """A drain acknowledgement arrived at a decode node."""
+        rank = self.rank(node)
+        if rank is not None:
+            rank.receive_ack(incarnation, index)
+
     # -- disturbances
 
     def disturb(self, target: str) -> None:

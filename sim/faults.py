@@ -240,7 +240,7 @@ class _Strike:
         self.injector.fired(self.fault)
         world, late_s = self.injector.world, self.fault.parameters["late_s"]
         if late_s:
-            world.after(duration_s + late_s, transport._finish, write)
+            world.after(duration_s + late_s, transport.finish, write)
             return
         world.after(duration_s, self._fail, transport, write)
 

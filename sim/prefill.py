@@ -144,10 +144,10 @@ class PrefillRank(Rank):
     # -- actions
 
     def _send_status(self, destination: Destination, outcome: str) -> None:
-        target = destination.rank
+        node = destination.rank.node
         self.world.network.send(
-            self.node, target.node, f"Status {outcome}", destination.incarnation,
-            target.receive_status, destination.incarnation, self.unique_index, outcome,
+            self.node, node, f"Status {outcome}", destination.incarnation, self.prefill_engine.cluster.status_at,
+            node, destination.incarnation, self.unique_index, outcome,
         )  # fmt: skip
 
     @property
@@ -168,11 +168,9 @@ class PrefillRank(Rank):
         askers = self.askers.get(self.key(action.incarnation), {})
         chosen = askers.values() if action.detail is None else [origin]
         for node, theirs in chosen:
-            rank = self.prefill_engine.cluster.rank(node)
-            if rank is not None:
-                self.world.network.send(
-                    self.node, node, "AbortAck", theirs, rank.receive_ack, theirs, self.unique_index
-                )
+            self.world.network.send(
+                self.node, node, "AbortAck", theirs, self.prefill_engine.cluster.ack_at, node, theirs, self.unique_index
+            )
 
     def _reject(self, action: Action, origin: Any) -> None:
         self.world.mark(self.node, "rival_rejected")

@@ -61,7 +61,7 @@ class Router:
     def _draw_room(self) -> tuple[int, int]:
         room = self.reuse_room()
         if room is None:
-            room = self._rooms.getrandbits(ROOM_BITS) | 1
+            room = self._rooms.getrandbits(ROOM_BITS) or 1
             return (room, self.attempts.get(room, 0))
         self.attempts[room] = self.attempts.get(room, 0) + 1
         return (room, self.attempts[room])

@@ -9,6 +9,7 @@ import simpy
 from kvpoll.sim.topology import rank_name
 from kvpoll.spec.trace import Stalled
 from kvpoll.statemachine.roles import Resolution
+from kvpoll.statemachine.routes import may_use
 
 if TYPE_CHECKING:
     from kvpoll.sim.decode import DecodeRank, Entry
@@ -129,7 +130,10 @@ class Finder:
         node = missing[0]
 
         def answered(status: int | str, body: Any) -> None:
-            if status == 200:
+            if status == 200 and not may_use(self.world.profile, body[node], self._believed_epoch(engine)):
+                self.world.mark(self.rank.node, "stale_route_refused")
+                self.world.after(self.world.profile.number("topology_retry_s"), self._fetch, entry, dp)
+            elif status == 200:
                 self._endpoints.setdefault(engine, {})[node] = body[node]
                 self._fetch(entry, dp)
             elif self._is_wanted(entry):
@@ -137,6 +141,11 @@ class Finder:
                 self._fail(entry, f"route_{status}")
 
         self._request(engine, "GET /route", node, 0, answered)
+
+    def _believed_epoch(self, engine: str) -> int | None:
+        """The engine's process epoch as this rank's failure detector last saw it."""
+        detectors = self.rank.decode_engine.detectors
+        return next((d.state.epoch for d in detectors if d.rank is self.rank and d.target == engine), None)
 
     def _finish(self, entry: Entry, dp: int) -> None:
         from kvpoll.sim.decode import PeerRank

@@ -73,7 +73,7 @@ class Transport:
         write = Write(self._serial, source, destination, chunk, first, pages, last, epochs, done)
         fault = self._fault_for(source.node)
         if fault is None:
-            world.after(end - world.now, self._finish, write)
+            world.after(end - world.now, self.finish, write)
         else:
             fault.strike(self, write, end - world.now)
 
@@ -93,7 +93,10 @@ class Transport:
                 return fault
         return None
 
-    def _finish(self, write: Write) -> None:
+    def finish(self, write: Write) -> None:
+        """The write's time is over: place everything and tell the writer, or fail."""
+        if self.is_writer_gone(write):
+            return
         if self._is_cut(write):
             self.fail(write, settle_s=1.0)
             return

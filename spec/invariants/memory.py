@@ -29,7 +29,8 @@ class PageLifetime(Monitor):
 
     Targets are the ``kv`` pages (and the ``aux`` row) of ``target``, sources the ``kv`` pages of ``node``.
     The violation carries the pair of the event that breaks it: the new owner, or the write that landed late.
-    A stopped node has lost its memory, so its pages are forgotten and writes from and to it count as settled.
+    A stopped node has lost its memory, so its pages are forgotten and writes from and to it count as settled; a
+    write posted later to a life of its target that is over reaches nobody (its registration died with it).
 
     Looking up each page of each write would cost more than the rest of the watch. A page is only looked up
     once it *dangles*: a write is out on it and the write's own pair does not own it (any more).
@@ -39,6 +40,7 @@ class PageLifetime(Monitor):
 
     def begin(self) -> None:
         self._owners: defaultdict[Place, dict[int, Pair]] = defaultdict(dict)
+        self._ended: dict[str, int] = {}
         self._writes: dict[int, trace.WritePosted] = {}
         self._touching: dict[tuple[str, Pair], set[int]] = {}
         self._dangling: dict[Place, dict[int, set[int]]] = {}
@@ -86,6 +88,8 @@ class PageLifetime(Monitor):
     def on_write_posted(self, event: trace.WritePosted) -> None:
         number, pair = event.write, event.incarnation[:2]
         self._settle(number)
+        if event.incarnation.epoch <= self._ended.get(event.target, -1):
+            event = event._replace(target_pages=(), row=None)
         self._writes[number] = event
         self._touching.setdefault((event.node, pair), set()).add(number)
         self._touching.setdefault((event.target, pair), set()).add(number)
@@ -135,6 +139,7 @@ class PageLifetime(Monitor):
     def on_node_stopped(self, event: trace.NodeStopped) -> None:
         """Its memory is gone, and so is every write from it and to it."""
         node = event.node
+        self._ended[node] = event.epoch
         for number in [w.write for w in self._writes.values() if node in (w.node, w.target)]:
             self._settle(number)
         for place in [place for place in self._owners if place[0] == node]:

@@ -1,29 +1,26 @@
 """Stories of rooms: build, feed facts, assert the whole state and all orders after each one.
 
-Then the smaller machines, in the same manner, and what no sequence of facts may ever do.
+The smaller machines have theirs in test_machine_roles.py; what no sequence of facts may do is in
+test_machine_any_facts.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, find, given, settings
-from hypothesis import strategies as st
-from hypothesis.errors import NoSuchExample
 
 from kvpoll.spec.protocol import SPEC_PATH, load, parse
 from kvpoll.spec.source import BadInput, Source
-from kvpoll.spec.vocabulary import POLL_NUMBERS, TERMINAL_POLLS, Action, Fact, Incarnation
-from kvpoll.statemachine import ABSENT, STARTS, IllegalFact, Local, Machines, RoomMachine
-from kvpoll.statemachine.roles import Collective, Peer, Registration, Registry, Resolution, Routed
+from kvpoll.spec.vocabulary import Action, Fact, Incarnation
+from kvpoll.statemachine import ABSENT, IllegalFact, Local, Machines, RoomMachine
 
 PROTOCOL = load()
 REFERENCE = Machines(PROTOCOL, PROTOCOL.profile("reference"))
 SGLANG = Machines(PROTOCOL, PROTOCOL.profile("sglang-0.5.23"))
 FIRST = Incarnation(room=7, attempt=0, epoch=0)
 SECOND = FIRST._replace(attempt=1)
+TEXT = SPEC_PATH.read_text(encoding="utf-8")
 
 
 def with_rules(**rules: str | int) -> Machines:
@@ -46,15 +43,12 @@ class Story:
         self.room = machine.absent(incarnation)
         self.expected = ABSENT
 
-    def hears(self, kind: str, detail: Any = None, orders: str = "", **changes: Any) -> None:
-        self.hears_for(self.room.incarnation, kind, detail, orders, **changes)
-
-    def hears_for(
-        self, whom: Incarnation, kind: str, detail: Any = None, orders: str = "", **changes: Any
+    def hears(
+        self, kind: str, detail: Any = None, orders: str = "", whom: Incarnation | None = None, **changes: Any
     ) -> None:
-        """As ``hears``, for a fact that was meant for another incarnation; the actions are returned to nobody."""
+        """Take one step. whom: the incarnation that the fact was meant for, if not the room's own."""
         before = self.room
-        self.room, actions = self.machine.step_room(before, Fact(kind, whom, detail))
+        self.room, actions = self.machine.step_room(before, Fact(kind, whom or before.incarnation, detail))
         self.expected = self.expected._replace(**changes)
         assert self.room.local == self.expected
         assert spelled((action.kind, action.detail) for action in actions) == orders
@@ -136,7 +130,7 @@ def test_a_room_that_nobody_opens_becomes_a_tombstone() -> None:
 
 
 def test_abort_drains_before_release_and_before_the_acknowledgement() -> None:
-    """An acknowledgement means that no write runs and none will start (B32): sglang#24527 took Failed for that."""
+    """An acknowledgement means that no write runs and none will start (B32, sglang#24527)."""
     story = sending(writes=2)
     story.hears(
         "PeerAborted", 0, STOP_TIMERS, poll="Failed", lease="Draining", asked=1, cause="aborted_by_decode"
@@ -239,23 +233,23 @@ def test_a_tombstone_gives_way_to_a_newer_attempt() -> None:
 def test_facts_for_an_older_attempt_are_answered_and_change_nothing() -> None:
     story = Story(REFERENCE.sender, SECOND)
     story.hears("RequestOpened", 1, "ArmDeadline(bootstrap)", poll="Bootstrapping", owned=True, expected=1)
-    story.hears_for(FIRST, "PeerAborted", 0, "AcknowledgeAbort(0)")
-    story.hears_for(FIRST, "DestinationRegistered", (0, 1), "AnswerDecode(('Failed', 0))")
+    story.hears("PeerAborted", 0, "AcknowledgeAbort(0)", whom=FIRST)
+    story.hears("DestinationRegistered", (0, 1), "AnswerDecode(('Failed', 0))", whom=FIRST)
     for kind, detail in (
         ("WriteCompleted", None),
         ("DeadlineReached", "bootstrap"),
         ("AbortRequested", "late"),
     ):
-        story.hears_for(FIRST, kind, detail)
+        story.hears(kind, detail, whom=FIRST)
 
 
 def test_facts_for_a_former_life_of_the_process_change_nothing() -> None:
     reborn = FIRST._replace(epoch=1)
     story = Story(REFERENCE.sender, reborn)
-    story.hears_for(FIRST, "DestinationRegistered", (0, 1), "AnswerDecode(('Failed', 0))")
+    story.hears("DestinationRegistered", (0, 1), "AnswerDecode(('Failed', 0))", whom=FIRST)
     assert story.room == REFERENCE.sender.absent(reborn)
     story.hears("RequestOpened", 1, "ArmDeadline(bootstrap)", poll="Bootstrapping", owned=True, expected=1)
-    story.hears_for(FIRST, "PeerAborted", 0, "AcknowledgeAbort(0)")
+    story.hears("PeerAborted", 0, "AcknowledgeAbort(0)", whom=FIRST)
     room, actions = story.machine.step_room(story.room, Fact("PeerAborted", FIRST, 0))
     assert room is story.room and actions == (Action("AcknowledgeAbort", FIRST, 0),)
 
@@ -356,9 +350,9 @@ def test_sglang_facts_hit_whatever_holds_the_room_number() -> None:
     """S2: an abort of the first use of a room number kills the second."""
     story = Story(SGLANG.sender, SECOND)
     story.hears("RequestOpened", 1, "ArmDeadline(bootstrap)", poll="Bootstrapping", owned=True, expected=1)
-    orders = f"{STOP_TIMERS} AcknowledgeAbort"
+    orders = f"{STOP_TIMERS} AcknowledgeAbort(0)"
     gone = {"poll": "Failed", "lease": "Released", "asked": 1, "cause": "aborted_by_decode"}
-    story.hears_for(FIRST, "PeerAborted", 0, orders, **gone)
+    story.hears("PeerAborted", 0, orders, whom=FIRST, **gone)
 
 
 def test_sglang_two_requests_share_one_room() -> None:
@@ -376,7 +370,7 @@ def test_sglang_a_sender_has_no_bound_once_destinations_are_known() -> None:
 def test_sglang_a_request_adopts_the_ghost_of_its_room() -> None:
     story = cleared_sglang_sender()
     story.hears("DestinationRegistered", (0, 1), poll="WaitingForInput", arrived=1)
-    story.hears_for(SECOND, "RequestOpened", 1, owned=True)
+    story.hears("RequestOpened", 1, owned=True, whom=SECOND)
 
 
 # --- decode receivers -----------------------------------------------------------------------------
@@ -413,11 +407,20 @@ def test_a_receiver_that_succeeds() -> None:
     story.hears("StatusReceived", (0, "Success"))  # a duplicate does not count (D6)
     done = {"poll": "Success", "lease": "Settled", "arrived": 0b11}
     story.hears("StatusReceived", (1, "Success"), "CancelDeadline(waiting)", **done)
-    story.hears("AbortRequested", "client_left")
     story.hears("StatusReceived", (0, "Failed"))
     story.hears("Cleared", None, "ArmDeadline(tombstone)", poll="Retired")
     story.hears("StatusReceived", (0, "Success"))
     story.hears("DeadlineReached", "tombstone", **ABSENT._asdict())
+
+
+def test_given_up_after_success_the_pages_come_back_and_the_success_stays() -> None:
+    """Every write is known to be over, so nothing has to drain; S3 forbids to call it Failed."""
+    story = exposed(ranks=0b01)
+    done = {"poll": "Success", "lease": "Settled", "arrived": 1}
+    story.hears("StatusReceived", (0, "Success"), "CancelDeadline(waiting)", **done)
+    story.hears("AbortRequested", "client_left", "ReleasePages", lease="Released")
+    story.hears("AbortRequested", "client_left")
+    story.hears("Cleared", None, "ArmDeadline(tombstone)", poll="Retired")
 
 
 def aborted(machines: Machines = REFERENCE, ranks: int = 0b11) -> Story:
@@ -525,7 +528,7 @@ def test_sglang_success_turns_into_failed_on_decode() -> None:
 def test_sglang_success_before_publication_is_believed() -> None:
     story = waiting_receiver(SGLANG, ranks=0b01)
     done = {"poll": "Success", "lease": "Settled", "arrived": 1}
-    story.hears("StatusReceived", (0, "Success"), "CancelDeadline(waiting)", **done)
+    story.hears("StatusReceived", (0, "Success"), **done)
 
 
 def test_sglang_cleared_waits_for_the_pages_and_leaves_nothing() -> None:
@@ -536,7 +539,7 @@ def test_sglang_cleared_waits_for_the_pages_and_leaves_nothing() -> None:
 
 
 def test_before_24772_the_end_of_set_up_overwrites_a_failure() -> None:
-    """sglang#24772: bootstrap_infos was None, the status WaitingForInput, and an attribute error stopped the loop."""
+    """sglang#24772: no routes, WaitingForInput all the same, then an attribute error in the loop."""
     machines = Machines(PROTOCOL, PROTOCOL.profile("before-sglang-24772"))
     story = Story(machines.receiver)
     story.hears("RequestOpened", poll="Bootstrapping", owned=True)
@@ -627,425 +630,3 @@ def test_joint_rows_that_chase_each_other_are_reported() -> None:
     with pytest.raises(BadInput) as refused:
         machine.step_room(room, Fact("AbortRequested", FIRST, "client_left"))
     assert str(refused.value).startswith("role 'sender': joint rows never come to rest from Failed/")
-
-
-TEXT = SPEC_PATH.read_text(encoding="utf-8")
-
-
-# --- the smaller machines -------------------------------------------------------------------------
-
-
-def tell(machines: Machines, role: str, *steps: tuple[str, Any, Any, str]) -> None:
-    """A story of a small machine: (fact, detail, the whole state after it, orders); starts at its start."""
-    machine, state = machines.small(role), STARTS[role]
-    for fact, detail, expected, orders in steps:
-        state, ordered = machine.step(state, fact, detail)
-        assert (state, spelled(ordered)) == (expected, orders), fact
-
-
-def refuse(machines: Machines, role: str, state: Any, fact: str, detail: Any = None) -> None:
-    with pytest.raises(IllegalFact) as refused:
-        machines.small(role).step(state, fact, detail)
-    assert str(refused.value) == f"{fact} is illegal for a {role} in {state[0]}"
-
-
-def failing_registration(last: str, orders: str) -> list[tuple[str, Any, Any, str]]:
-    steps: list[tuple[str, Any, Any, str]] = [
-        ("Started", None, Registration("Registering", 1), "SendRegistration")
-    ]
-    for attempt in range(1, 5):
-        steps.append(("RegistrationFailed", None, Registration("Registering", attempt), "ArmRetry"))
-        steps.append(("RetryDue", None, Registration("Registering", attempt + 1), "SendRegistration"))
-    return [*steps, ("RegistrationFailed", None, Registration(last, 5), orders)]
-
-
-def test_registration_is_tried_five_times_and_then_slowly_for_ever() -> None:
-    """sglang#25125: one attempt, made before the bootstrap server listens, left a rank unknown for ever."""
-    tell(
-        REFERENCE,
-        "registration",
-        *failing_registration("Exhausted", "ReportUnhealthy ArmRetry"),
-        ("RetryDue", None, Registration("Exhausted", 5), "SendRegistration"),
-        ("RegistrationFailed", None, Registration("Exhausted", 5), "ArmRetry"),
-        ("RegistrationAccepted", None, Registration("Registered", 5), "ReportHealthy"),
-        ("ServerRestarted", None, Registration("Registering", 1), "SendRegistration"),
-        ("RegistrationAccepted", None, Registration("Registered", 1), ""),
-    )
-    refuse(REFERENCE, "registration", Registration("Registered", 1), "Started")
-    refuse(REFERENCE, "registration", Registration(), "RegistrationAccepted")
-
-
-def test_sglang_serves_unregistered() -> None:
-    tell(
-        SGLANG,
-        "registration",
-        *failing_registration("Exhausted", ""),
-        ("RetryDue", None, Registration("Exhausted", 5), ""),
-    )
-    tell(
-        Machines(PROTOCOL, PROTOCOL.profile("before-sglang-25125")),
-        "registration",
-        ("Started", None, Registration("Registering", 1), "SendRegistration"),
-        ("RegistrationFailed", None, Registration("Exhausted", 1), ""),
-    )
-
-
-def test_sglang_does_not_notice_that_the_server_lost_its_memory() -> None:
-    tell(
-        SGLANG,
-        "registration",
-        ("Started", None, Registration("Registering", 1), "SendRegistration"),
-        ("RegistrationAccepted", None, Registration("Registered", 1), ""),
-        ("ServerRestarted", None, Registration("Registered", 1), ""),
-    )
-
-
-def test_the_registry_is_ready_when_every_rank_is_there() -> None:
-    once, both = (("tp0", 0),), (("tp0", 0), ("tp1", 0))
-    tell(
-        REFERENCE,
-        "registry",
-        ("RouteRequested", None, Registry(), "AnswerNotReady"),
-        ("RankRegistered", ("tp0", 0, 2), Registry("Partial", once, 1), "AnswerRoute"),
-        ("RankRegistered", ("tp0", 0, 2), Registry("Partial", once, 2), "AnswerRoute"),  # a repeated PUT
-        ("RouteRequested", None, Registry("Partial", once, 2), "AnswerNotReady"),
-        ("RankRegistered", ("tp1", 0, 2), Registry("Ready", both, 3), "AnswerRoute"),
-        ("RouteRequested", None, Registry("Ready", both, 3), "AnswerRoute"),
-        ("RouteRequested", "tp1", Registry("Ready", both, 3), "AnswerRoute"),
-        ("RouteRequested", "tp2", Registry("Ready", both, 3), "AnswerUnknownRank"),
-        ("RankRegistered", ("tp1", 1, 2), Registry("Ready", (("tp0", 0), ("tp1", 1)), 4), "AnswerRoute"),
-    )
-
-
-def test_sglang_counts_puts_so_a_repeated_one_makes_the_registry_ready_too_early() -> None:
-    """C1: one rank registers twice, the other is answered 404."""
-    once = (("tp0", 0),)
-    tell(
-        SGLANG,
-        "registry",
-        ("RankRegistered", ("tp0", 0, 2), Registry("Partial", once, 1), "AnswerRoute"),
-        ("RankRegistered", ("tp0", 0, 2), Registry("Ready", once, 2), "AnswerRoute"),
-        ("RouteRequested", "tp1", Registry("Ready", once, 2), "AnswerUnknownRank"),
-    )
-
-
-def test_an_entry_of_a_dp_rank_expires() -> None:
-    known, unknown = STARTS["dp_entry"]._replace(state="Known", rank=1), STARTS["dp_entry"]._replace(rank=1)
-    tell(
-        REFERENCE,
-        "dp_entry",
-        ("DpRankRegistered", 1, known, "ArmDeadline(entry)"),
-        ("DpRankQueried", None, known, "AnswerRoute"),
-    )
-    state, orders = REFERENCE.dp_entry.step(known, "EntryExpired")
-    assert (state.state, orders) == (unknown.state, ())
-
-
-def test_a_dp_rank_is_derived_from_the_room_where_prefill_follows_it() -> None:
-    tell(REFERENCE, "resolution", ("TopologyLearned", (1, False, 0), Resolution("Resolved", 0), ""))
-    tell(REFERENCE, "resolution", ("TopologyLearned", (4, True, 3), Resolution("Resolved", 3), ""))
-
-
-def test_a_dp_rank_is_asked_for_where_prefill_does_not_follow_the_room() -> None:
-    querying = Resolution("Querying")
-    asked: list[tuple[str, Any, Any, str]] = [
-        ("TopologyLearned", (4, False, 3), querying, "QueryDpRank"),
-        ("DpRankAnswered", None, querying, "ArmRetry"),
-        ("DpRankAnswered", 2, Resolution("Resolved", 2), ""),
-        ("DpRankAnswered", 1, Resolution("Resolved", 2), ""),
-    ]
-    tell(REFERENCE, "resolution", *asked)
-    always = with_rules(dp_lookup="query")
-    tell(always, "resolution", ("TopologyLearned", (4, True, 3), querying, "QueryDpRank"), *asked[1:])
-
-
-def test_a_peer_is_suspected_after_misses_and_dead_when_its_epoch_changes() -> None:
-    tell(
-        REFERENCE,
-        "peer",
-        ("ProbeAnswered", 0, Peer("Alive", 0), ""),
-        ("ProbeMissed", None, Peer("Suspect", 0, 1), ""),
-        ("ProbeMissed", None, Peer("Lost", 0, 2), "DeclareSuspected"),
-        ("ProbeMissed", None, Peer("Lost", 0, 2), ""),
-        ("ProbeAnswered", 0, Peer("Alive", 0), ""),
-        ("ProbeAnswered", 1, Peer("Alive", 1), "DeclareDead"),
-    )
-
-
-def test_sglang_does_not_notice_that_a_peer_was_restarted() -> None:
-    tell(
-        SGLANG, "peer", ("ProbeAnswered", 0, Peer("Alive", 0), ""), ("ProbeAnswered", 1, Peer("Alive", 1), "")
-    )
-
-
-def test_a_request_walks_through_the_queues_of_prefill() -> None:
-    queued = STARTS["prefill_request"]._replace
-    tell(
-        REFERENCE,
-        "prefill_request",
-        ("RequestArrived", None, queued(state="Bootstrap"), ""),
-        ("AdmissionAgreed", None, queued(state="Waiting"), ""),
-        ("ForwardFinished", None, queued(state="Inflight"), ""),
-        ("TransferAgreed", None, queued(state="Done"), ""),
-        ("DropAgreed", None, queued(state="Done"), ""),
-    )
-    refuse(REFERENCE, "prefill_request", queued(state="Bootstrap"), "TransferAgreed")
-    refuse(REFERENCE, "prefill_request", queued(state="Done"), "RequestArrived")
-
-
-def test_a_request_walks_through_the_queues_of_decode() -> None:
-    queued = STARTS["decode_request"]._replace
-    tell(
-        REFERENCE,
-        "decode_request",
-        ("RequestArrived", None, queued(state="Preallocation"), ""),
-        ("MemoryGranted", None, queued(state="Transfer"), ""),
-        ("TransferAgreed", None, queued(state="Running"), ""),
-        ("GenerationFinished", None, queued(state="Done"), ""),
-    )
-    for state in ("Preallocation", "Transfer", "Running"):
-        after, orders = REFERENCE.decode_request.step(queued(state=state), "DropAgreed")
-        assert (after, orders) == (queued(state="Done"), ())
-    refuse(REFERENCE, "decode_request", queued(state="Unqueued"), "MemoryGranted")
-
-
-def test_a_collective_completes_when_everyone_has_entered() -> None:
-    shape = ("min", 3)
-    tell(
-        REFERENCE,
-        "collective",
-        ("RankEntered", (1, 2, shape), Collective("Open", 0b10, shape), ""),
-        ("RankEntered", (1, 2, shape), Collective("Open", 0b10, shape), ""),
-        ("RankEntered", (0, 2, shape), Collective("Complete", 0b11, shape), "DeliverDecision"),
-    )
-    refuse(REFERENCE, "collective", Collective("Complete", 0b11, shape), "RankEntered", (0, 2, shape))
-
-
-def test_a_collective_of_different_shapes_blocks_its_ranks() -> None:
-    """A14: queues had diverged, so one rank reduced three polls and the other two; gloo hung."""
-    state, _ = REFERENCE.collective.step(Collective(), "RankEntered", (0, 2, ("min", 3)))
-    state, orders = REFERENCE.collective.step(state, "RankEntered", (1, 2, ("min", 2)))
-    assert (state.state, spelled(orders)) == ("Mismatched", "BlockRanks")
-
-
-def test_the_router_answers_at_the_first_failure() -> None:
-    failed = Routed("Answered", "prefill aborted")
-    tell(
-        REFERENCE,
-        "router",
-        ("LegFailed", ("prefill", "prefill aborted"), failed, "AnswerClient(failed) CancelLeg(decode)"),
-        ("DecodeAnswered", None, failed, ""),
-    )
-    tell(REFERENCE, "router", ("DecodeAnswered", None, Routed("Answered"), "AnswerClient(ok)"))
-    left = Routed("Answered", "client_left")
-    tell(REFERENCE, "router", ("ClientLeft", None, left, "AnswerClient(failed) CancelLeg"))
-
-
-def test_sglang_routers_wait_for_both_legs() -> None:
-    """A09: the client of a failed prefill waits until decode times out."""
-    half = Routed("HalfFailed", "prefill aborted")
-    tell(
-        SGLANG,
-        "router",
-        ("LegFailed", ("prefill", "prefill aborted"), half, ""),
-        ("LegFailed", ("decode", "waiting_timeout"), half._replace(state="Answered"), "AnswerClient(failed)"),
-    )
-
-
-# --- what no sequence of facts may do -------------------------------------------------------------
-
-
-class Heard(NamedTuple):
-    """One step of a run: the fact, the room's state before and after, and what was ordered."""
-
-    fact: str
-    before: Local
-    after: Local
-    orders: tuple[str, ...]
-
-
-ADVANCE = ("advance", None)
-"""Stands for the next fact of the undisturbed course, so that runs get anywhere at all."""
-
-COURSE: dict[str, list[tuple[str, Any]]] = {
-    "sender": [
-        ("RequestOpened", 1),
-        ("PagesReserved", None),
-        ("DestinationRegistered", (0, 1)),
-        ("WritePosted", True),
-        ("WriteCompleted", None),
-        ("Cleared", None),
-    ],
-    "receiver": [
-        ("RequestOpened", None),
-        ("RoutesResolved", (0b01, 1)),
-        ("SetupFinished", None),
-        ("PagesReserved", None),
-        ("MetadataSent", None),
-        ("StatusReceived", (0, "Success")),
-        ("Cleared", None),
-    ],
-}
-
-DETAILS: dict[str, dict[str, list[Any]]] = {
-    "sender": {
-        "RequestOpened": [1, 2, 0],
-        "DestinationRegistered": [(0, 1), (0, 2), (1, 2)],
-        "WritePosted": [True, False],
-        "AbortRequested": ["client_left"],
-        "PeerAborted": [0, 1],
-        "DpConflictFound": ["dp_conflict"],
-        "DeadlineReached": ["bootstrap", "transfer", "announced", "tombstone"],
-    },
-    "receiver": {
-        "RoutesResolved": [(0b01, 1), (0b11, 2)],
-        "RouteUnavailable": ["no_topology"],
-        "StatusReceived": [(0, "Success"), (1, "Success"), (0, "Failed")],
-        "AbortRequested": ["client_left"],
-        "AbortAcknowledged": [0, 1],
-        "PeerDied": [0, 1],
-        "DeadlineReached": ["drain", "bootstrap", "admission", "waiting", "tombstone"],
-    },
-}
-
-
-def courses(role: str) -> st.SearchStrategy[list[tuple[str, Any]]]:
-    """The undisturbed course up to some point, then any facts, the rest of the course running through them."""
-    details = DETAILS[role]
-    facts = [
-        (fact, detail) for fact in PROTOCOL.roles[role].table.facts for detail in details.get(fact, [None])
-    ]
-    begun = st.integers(0, len(COURSE[role])).map(lambda length: [ADVANCE] * length)
-    disturbed = st.lists(st.sampled_from([ADVANCE, *facts]), max_size=12)
-    return st.tuples(begun, disturbed).map(lambda parts: [*parts[0], *parts[1]])
-
-
-def run(machine: RoomMachine, course: list[tuple[str, Any]]) -> Iterator[Heard]:
-    """Feed one incarnation until it is forgotten. Whatever is not IllegalFact escapes, and fails the test."""
-    room, undisturbed = machine.absent(FIRST), iter(COURSE[machine.role.name])
-    for chosen in course:
-        fact, detail = next(undisturbed, ADVANCE) if chosen == ADVANCE else chosen
-        if fact == "advance":
-            return
-        before = room
-        try:
-            room, actions = machine.step_room(before, Fact(fact, FIRST, detail))
-        except IllegalFact:
-            continue
-        yield Heard(fact, before.local, room.local, tuple(action.kind for action in actions))
-        if room.local.poll == "Absent" and before.local.poll != "Absent":
-            return
-
-
-Property = Callable[[list[Heard]], bool]
-
-
-def sticky(heard: list[Heard]) -> bool:
-    """S3: a terminal poll moves to no other numbered poll."""
-    moves = [(step.before.poll, step.after.poll) for step in heard]
-    return not any(old in TERMINAL_POLLS and new in POLL_NUMBERS and new != old for old, new in moves)
-
-
-def released_once(heard: list[Heard]) -> bool:
-    """S8: what was reserved is released at most once, and nothing else is."""
-    released = sum(step.orders.count("ReleasePages") for step in heard)
-    reserved = sum(step.fact == "PagesReserved" and step.before.lease != step.after.lease for step in heard)
-    return released <= min(1, reserved)
-
-
-def quiet_source(heard: list[Heard]) -> bool:
-    """S1 on prefill: no source page is released while a write may read it."""
-    return not any("ReleasePages" in step.orders and step.after.outstanding for step in heard)
-
-
-def quiet_destination(heard: list[Heard]) -> bool:
-    """S1 on decode: no page that a prefill rank knows of is released before that rank has drained."""
-    known = {"Exposed", "Draining", "Quarantined"}
-    return not any(
-        "ReleasePages" in step.orders
-        and step.before.lease in known
-        and step.after.poll != "Absent"
-        and step.after.contacted & ~step.after.drained
-        for step in heard
-    )
-
-
-PROPERTIES: list[tuple[str, Property]] = [
-    ("sender", sticky),
-    ("sender", released_once),
-    ("sender", quiet_source),
-    ("receiver", sticky),
-    ("receiver", released_once),
-    ("receiver", quiet_destination),
-]
-
-
-@pytest.mark.parametrize(
-    ("role", "holds"), PROPERTIES, ids=[f"{role}-{held.__name__}" for role, held in PROPERTIES]
-)
-def test_under_the_reference_no_sequence_of_facts_breaks_it(role: str, holds: Property) -> None:
-    machine: RoomMachine = getattr(REFERENCE, role)
-
-    @settings(max_examples=300, suppress_health_check=list(HealthCheck))
-    @given(courses(role))
-    def check(course: list[tuple[str, Any]]) -> None:
-        assert holds(list(run(machine, course)))
-
-    check()
-
-
-def counterexample(machine: RoomMachine, holds: Property) -> list[tuple[str, Any]]:
-    """The shortest sequence that breaks the property, as facts. Raises NoSuchExample."""
-    found = find(
-        courses(machine.role.name),
-        lambda course: not holds(list(run(machine, course))),
-        settings=settings(max_examples=5_000, database=None, derandomize=True),
-    )
-    return [(step.fact, step.after.poll) for step in run(machine, found)]
-
-
-def test_success_is_not_final_in_sglang_and_the_search_says_so() -> None:
-    assert counterexample(SGLANG.sender, sticky)[-2:] == [
-        ("WriteCompleted", "Success"),
-        ("AbortRequested", "Failed"),
-    ]
-    assert counterexample(SGLANG.receiver, sticky)[-2:] == [
-        ("StatusReceived", "Success"),
-        ("AbortRequested", "Failed"),
-    ]
-
-
-def test_failed_is_not_final_before_24772_and_the_search_says_so() -> None:
-    profile = PROTOCOL.profile("before-sglang-24772").with_rules({"success_is_final": "yes"})
-    found = counterexample(Machines(PROTOCOL, profile).receiver, sticky)
-    assert found[-1] == ("SetupFinished", "WaitingForInput") and len(found) == 3
-
-
-def test_source_pages_are_not_quiet_in_sglang_and_the_search_says_so() -> None:
-    found = counterexample(SGLANG.sender, quiet_source)
-    assert [fact for fact, _ in found[:-1]] == [fact for fact, _ in COURSE["sender"][:4]]
-    assert found[-1][1] == "Failed"
-
-
-def test_destination_pages_are_not_quiet_in_sglang_and_the_search_says_so() -> None:
-    found = counterexample(SGLANG.receiver, quiet_destination)
-    assert found[-1] == ("DeadlineReached", "Failed") and len(found) == 7
-
-
-def test_destination_pages_are_not_quiet_without_the_rule_and_the_search_says_so() -> None:
-    found = counterexample(with_rules(release_requires_quiescence="never").receiver, quiet_destination)
-    assert found[-1][1] == "Failed" and len(found) == 6
-
-
-def test_a_mutant_that_releases_twice_is_found() -> None:
-    """No profile does this; the judge must all the same be able to say no."""
-    assert TEXT.count('"QuarantinePages"') == 1
-    mutant = parse(Source("kvpoll.toml", TEXT.replace('"QuarantinePages"', '"ReleasePages"')))
-    machine = RoomMachine(mutant.roles["receiver"], mutant.profile("reference"))
-    found = counterexample(machine, released_once)
-    assert [fact for fact, _ in found[:5]] == [fact for fact, _ in COURSE["receiver"][:5]] and len(found) == 8
-
-
-def test_the_search_finds_nothing_in_the_reference() -> None:
-    with pytest.raises(NoSuchExample):
-        counterexample(REFERENCE.sender, sticky)

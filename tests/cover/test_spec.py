@@ -348,8 +348,9 @@ def test_a_cell_that_guards_leave_open() -> None:
     text, _ = changed(
         'fact = "DpRankRegistered", to', 'fact = "DpRankRegistered", guards = ["rank_is_known"], to'
     )
-    said = "role 'dp_entry', profile 'reference': nothing is said of DpRankRegistered in Unknown when no guard holds"
-    assert refusal(text) == f"kvpoll.toml:{line_in(text, DP_ENTRY, 'facts = ')}: {said}; {MEND}"
+    where = "role 'dp_entry', profile 'reference'"
+    said = "nothing is said of DpRankRegistered in Unknown when no guard holds"
+    assert refusal(text) == f"kvpoll.toml:{line_in(text, DP_ENTRY, 'facts = ')}: {where}: {said}; {MEND}"
 
 
 def test_a_rule_that_leaves_a_cell_open_under_another_profile() -> None:

@@ -1,0 +1,121 @@
+"""What people see: tables and sentences on standard output, progress on standard error.
+
+On a terminal rich draws; into a pipe or a file the same tables are plain columns, and there is no progress.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+Advance = Callable[[float, float], None]
+"""Called with (done so far, whole)."""
+
+STYLES = {
+    "holds": "green",
+    "breaks": "red",
+    "yes": "green",
+    "no": "yellow",
+    "NO": "bold red",
+}
+"""Colours of cells that are just this word."""
+
+
+class Screen:
+    """Standard output and standard error of one command."""
+
+    def __init__(self) -> None:
+        self.out = Console(highlight=False, markup=False, emoji=False)
+        self.err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """One line; never broken, so that it can be copied."""
+        if self.out.is_terminal and style is not None:
+            self.out.print(Text(text, style=style), soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def prose(self, text: str) -> None:
+        """A sentence that a terminal may wrap at words."""
+        if self.out.is_terminal:
+            self.out.print(Text(text))
+        else:
+            print(text)
+
+    def json(self, value: Any) -> None:
+        """One JSON object on one line."""
+        print(json.dumps(value, separators=(",", ":"), allow_nan=False), flush=True)
+
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (), line: str | None = None
+    ) -> None:
+        """A table. ``right`` columns are numbers. ``line`` is a column whose cells must stay in one piece.
+
+        On a terminal that is too narrow the cells of ``line`` are listed below the table instead, in the same order.
+        """
+        if not self.out.is_terminal:
+            print(_plain(columns, rows, right))
+            return
+        drawn = _rich(columns, rows, right, line)
+        if line is None or Measurement.get(self.out, self.out.options, drawn).maximum <= self.out.width:
+            self.out.print(drawn)
+            return
+        place = columns.index(line)
+        rest = [[*row[:place], *row[place + 1 :]] for row in rows]
+        self.out.print(_rich([name for name in columns if name != line], rest, right, None))
+        self.say(f"{line}, row by row:", "bold")
+        for row in rows:
+            self.say(f"  {row[place]}")
+
+    @contextlib.contextmanager
+    def progress(self, label: str, unit: str = "") -> Iterator[Advance]:
+        """A bar on standard error while the body runs. Yields what moves it; without a terminal that does nothing."""
+        if not self.err.is_terminal:
+            yield lambda done, whole: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+        # rich would carry what is printed meanwhile to standard error: right on a terminal, wrong for a pipe.
+        bar = Progress(*columns, console=self.err, transient=True, redirect_stdout=self.out.is_terminal)
+        task = bar.add_task(label, total=None, state="")
+        with bar:
+            yield lambda done, whole: bar.update(
+                task, completed=min(done, whole), total=whole, state=f"{min(done, whole):,.0f} of {whole:,.0f}{unit}"
+            )
+
+
+def _plain(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> str:
+    """Columns two blanks apart, as wide as they must be."""
+    grid = [columns, *rows]
+    widths = [max(len(row[place]) for row in grid) for place in range(len(columns))]
+    cells = (
+        [cell.rjust(width) if name in right else cell.ljust(width) for cell, name, width in zip(row, columns, widths, strict=True)]
+        for row in grid
+    )
+    return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+def _rich(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], line: str | None) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=name == line or name in right)
+    for row in rows:
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+    return table
+
+
+def seconds(value: float | None) -> str:
+    """A time for people: "-" for none."""
+    return "-" if value is None else f"{value:,.3f} s" if value < 10 else f"{value:,.1f} s"
+
+
+def plural(number: int, noun: str) -> str:
+    """"1 seed", "2 seeds"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
