@@ -8,8 +8,8 @@ machine pays for no simulator and no command line::
     protocol = kvpoll.load()
     machines = kvpoll.Machines(protocol, protocol.profile("reference"))
 
-Rooms: ``kvpoll.spec`` (what must hold), ``kvpoll.statemachine`` (how it moves), ``kvpoll.sim`` (virtual time),
-``kvpoll.runtime`` (real processes) and ``kvpoll.reports`` (what people look at).
+Rooms: ``kvpoll.spec`` (what must hold), ``kvpoll.statemachine`` (how it moves), ``kvpoll.sim`` (virtual
+time), ``kvpoll.runtime`` (real processes) and ``kvpoll.reports`` (what people look at).
 """
 
 from importlib import import_module

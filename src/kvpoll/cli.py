@@ -26,7 +26,9 @@ EPILOG = "Exit status: 0 holds, 1 violated, 2 bad input, 3 a defect of kvpoll, 1
 
 def parser() -> Parser:
     """All verbs and their options."""
-    top = Parser(prog="kvpoll", description="The prefill/decode KV-transfer protocol under test.", epilog=EPILOG)
+    top = Parser(
+        prog="kvpoll", description="The prefill/decode KV-transfer protocol under test.", epilog=EPILOG
+    )
     top.add_argument("--version", action="version", version=f"kvpoll {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     for command in (listing, reproduce, run, replay, report, demo, diagram):
@@ -36,7 +38,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status; never raises but for SystemExit after --help and --version."""
+    """Run one command. Returns the exit status; raises nothing but SystemExit after --help and --version."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _act(words)
@@ -69,8 +71,11 @@ def read(words: Sequence[str]) -> argparse.Namespace:
         verb: argparse.ArgumentParser = arguments.parser
         if not rest[0].startswith("-"):
             raise BadInput(f"{verb.prog} does not know what to do with {rest[0]!r}; see `{verb.prog} --help`")
-        options = [option for action in verb._actions for option in action.option_strings if option.startswith("--")]
-        raise BadInput(f"{verb.prog} has no option {rest[0]!r}{nearest(rest[0], options)}")
+        options = [
+            option for action in verb._actions for option in action.option_strings if option.startswith("--")
+        ]
+        given = rest[0].partition("=")[0]
+        raise BadInput(f"{verb.prog} has no option {given!r}{nearest(given, options)}")
     return arguments
 
 

@@ -1,13 +1,12 @@
 """What a run is to be: the words of the command line, checked, and the one line that repeats them.
 
-A `Plan` is plain text, so it travels to worker processes and back into a line. ``prepare`` reads every file that
-it names and raises BadInput or WorkloadError; after that nothing about the input can go wrong.
+A `Plan` is plain text, so it travels to worker processes and back into a line. ``prepare`` reads every file
+that it names and raises BadInput or WorkloadError; after that nothing about the input can go wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import random
 import shlex
@@ -31,10 +30,10 @@ FAULT_MODES = ("all", "none", "scenario")
 
 @dataclass(frozen=True)
 class Plan:
-    """One run but for its seed, as given: a scenario by name or path, a profile by name or by its label there.
+    """One run but for its seed, as given: a scenario by name or path, a profile by name or its label there.
 
-    changes: "rule=value" each. trace: path of a workload in the Mooncake format. minutes: length of the hostile
-    phase. faults: one of FAULT_MODES. spec: path of another kvpoll.toml. None means the default.
+    changes: "rule=value" each. trace: path of a workload in the Mooncake format. minutes: length of the
+    hostile phase. faults: one of FAULT_MODES. spec: path of another kvpoll.toml. None means the default.
     """
 
     scenario: str = MAIN
@@ -68,7 +67,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan whose files have been read. ``expectation`` is what the scenario says of this profile, if it does."""
+    """A plan whose files have been read. ``expectation``: what the scenario says of this run, if so."""
 
     plan: Plan
     protocol: Protocol
@@ -82,7 +81,14 @@ class Prepared:
         line = self.plan.line(seed)
         faults = self.faults(seed)
         return Run(
-            self.protocol, self.scenario, self.profile, seed, line, arrivals=self.arrivals, faults=faults, **more
+            self.protocol,
+            self.scenario,
+            self.profile,
+            seed,
+            line,
+            arrivals=self.arrivals,
+            faults=faults,
+            **more,
         )
 
     def faults(self, seed: int) -> tuple[Fault, ...]:
@@ -97,19 +103,28 @@ class Prepared:
 
     @property
     def identity(self) -> str:
-        """Digest of everything that decides the outcome but the seed; tells whether two results belong together."""
+        """Digest of all that decides the outcome but the seed: do two results belong together?"""
         timing, rules = self.scenario.timing, sorted(self.profile.rules.items())
-        text = (self.protocol.digest, self.scenario.digest, rules, timing, self.plan.fault_mode, self.arrivals)
+        text = (
+            self.protocol.digest,
+            self.scenario.digest,
+            rules,
+            timing,
+            self.plan.fault_mode,
+            self.arrivals,
+        )
         return hashlib.sha256(repr(text).encode()).hexdigest()[:12]
 
 
 def draw_digest(faults: Iterable[Fault]) -> str:
     """Eight hex digits that tell two fault schedules apart."""
-    drawn = [(fault.kind.name, fault.target, fault.at_s, fault.for_s, sorted(fault.parameters.items())) for fault in faults]
+    drawn = [
+        (fault.kind.name, fault.target, fault.at_s, fault.for_s, sorted(fault.parameters.items()))
+        for fault in faults
+    ]
     return hashlib.sha256(repr(drawn).encode()).hexdigest()[:8]
 
 
-@functools.lru_cache(maxsize=4)
 def prepare(plan: Plan) -> Prepared:
     """Read and check all that a plan names. Raises BadInput or WorkloadError."""
     protocol = read_spec(plan.spec)
@@ -119,7 +134,9 @@ def prepare(plan: Plan) -> Prepared:
         scenario = dataclasses.replace(scenario, timing=timing)
     profile = _profile(plan, protocol, scenario)
     arrivals = None if plan.trace is None else read_mooncake(Path(plan.trace), scenario.timing.hostile_s)
-    return Prepared(plan, protocol, scenario, profile, _expectation(plan, protocol, scenario, profile), arrivals)
+    return Prepared(
+        plan, protocol, scenario, profile, _expectation(plan, protocol, scenario, profile), arrivals
+    )
 
 
 def read_spec(path: str | None) -> Protocol:
@@ -167,12 +184,14 @@ def _number(text: str, rule: Rule, value: str) -> Value:
     except ValueError:
         number = -1.0
     if not 0 <= number < float("inf"):
-        raise BadInput(f"--set {text}: rule {rule.name!r} is a number of {rule.unit} and not negative, got {value!r}")
+        raise BadInput(
+            f"--set {text}: rule {rule.name!r} is a number of {rule.unit} and not negative, got {value!r}"
+        )
     return int(number) if number.is_integer() else number
 
 
 def _expectation(plan: Plan, protocol: Protocol, scenario: Scenario, profile: Profile) -> Expectation | None:
-    """What the file says of exactly this run; nothing, if workload, length or faults are not the file's own."""
+    """What the file says of this run; nothing, if workload, length or faults are not the file's own."""
     changed = plan.trace is not None or plan.minutes is not None
     if changed or plan.fault_mode != "scenario":
         return None

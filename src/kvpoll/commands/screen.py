@@ -55,11 +55,15 @@ class Screen:
         print(json.dumps(value, separators=(",", ":"), allow_nan=False), flush=True)
 
     def table(
-        self, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (), line: str | None = None
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        right: Sequence[str] = (),
+        line: str | None = None,
     ) -> None:
         """A table. ``right`` columns are numbers. ``line`` is a column whose cells must stay in one piece.
 
-        On a terminal that is too narrow the cells of ``line`` are listed below the table instead, in the same order.
+        On a terminal that is too narrow its cells are listed below the table instead, in the same order.
         """
         if not self.out.is_terminal:
             print(_plain(columns, rows, right))
@@ -77,17 +81,25 @@ class Screen:
 
     @contextlib.contextmanager
     def progress(self, label: str, unit: str = "") -> Iterator[Advance]:
-        """A bar on standard error while the body runs. Yields what moves it; without a terminal that does nothing."""
+        """A bar on standard error while the body runs; yields what moves it. Without a terminal: nothing."""
         if not self.err.is_terminal:
             yield lambda done, whole: None
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+        )
         # rich would carry what is printed meanwhile to standard error: right on a terminal, wrong for a pipe.
         bar = Progress(*columns, console=self.err, transient=True, redirect_stdout=self.out.is_terminal)
         task = bar.add_task(label, total=None, state="")
         with bar:
             yield lambda done, whole: bar.update(
-                task, completed=min(done, whole), total=whole, state=f"{min(done, whole):,.0f} of {whole:,.0f}{unit}"
+                task,
+                completed=min(done, whole),
+                total=whole,
+                state=f"{min(done, whole):,.0f} of {whole:,.0f}{unit}",
             )
 
 
@@ -96,16 +108,23 @@ def _plain(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
     grid = [columns, *rows]
     widths = [max(len(row[place]) for row in grid) for place in range(len(columns))]
     cells = (
-        [cell.rjust(width) if name in right else cell.ljust(width) for cell, name, width in zip(row, columns, widths, strict=True)]
+        [
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for cell, name, width in zip(row, columns, widths, strict=True)
+        ]
         for row in grid
     )
     return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
-def _rich(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], line: str | None) -> Table:
+def _rich(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], line: str | None
+) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=name == line or name in right)
+        table.add_column(
+            name, justify="right" if name in right else "left", no_wrap=name == line or name in right
+        )
     for row in rows:
         table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
     return table
@@ -117,5 +136,5 @@ def seconds(value: float | None) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """"1 seed", "2 seeds"."""
+    """ "1 seed", "2 seeds"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -59,7 +59,11 @@ def in_order(outcome: Outcome, said: Expectation | None) -> tuple[list[str], lis
 
 def as_object(outcome: Outcome, said: Expectation | None) -> dict[str, Any]:
     """An outcome as one JSON object. Wall-clock times apart, the same seed gives the same object."""
-    judged = {} if said is None else {"as_expected": not deviations(outcome, said), "deviations": deviations(outcome, said)}
+    judged = (
+        {}
+        if said is None
+        else {"as_expected": not deviations(outcome, said), "deviations": deviations(outcome, said)}
+    )
     return {
         "scenario": outcome.scenario,
         "profile": outcome.profile,
@@ -68,8 +72,8 @@ def as_object(outcome: Outcome, said: Expectation | None) -> dict[str, Any]:
         "interrupted": outcome.interrupted,
         **judged,
         "violations": [
-            {"invariant": name, "t": violated.t, "node": violated.node, "times": outcome.counts.get(name, 1), "text": violated.text}
-            for name, violated in sorted(outcome.violations.items(), key=lambda item: (item[1].t, item[0]))
+            {"invariant": name, **found, "times": outcome.counts[name]}
+            for name, found in violation_objects(outcome).items()
         ],
         "faults": [fault_object(fault, outcome) for fault in by_time(outcome.faults)],
         "requests": outcome.requests,
@@ -85,6 +89,12 @@ def as_object(outcome: Outcome, said: Expectation | None) -> dict[str, Any]:
         "digest": outcome.digest,
         "repeat": outcome.line,
     }  # fmt: skip
+
+
+def violation_objects(outcome: Outcome) -> dict[str, dict[str, Any]]:
+    """Invariant -> its first violation (t, node, text), in order of time."""
+    ordered = sorted(outcome.violations.items(), key=lambda item: (item[1].t, item[0]))
+    return {name: {"t": found.t, "node": found.node, "text": found.text} for name, found in ordered}
 
 
 def by_time(faults: Sequence[Fault]) -> list[Fault]:

@@ -1,0 +1,41 @@
+"""``kvpoll report``: the figures."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+
+from kvpoll.commands.options import Verbs, add_verb
+from kvpoll.commands.screen import Screen
+from kvpoll.commands.status import HOLDS
+from kvpoll.spec.source import BadInput
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb."""
+    parser = add_verb(verbs, "report", "Draw every race, before and after its repair.", act)
+    parser.add_argument(
+        "--out", metavar="DIR", default="reports/figures", help="folder (default reports/figures)"
+    )
+
+
+def act(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Draw, and name what was drawn."""
+    try:
+        races = import_module("kvpoll.reports.races")
+    except ImportError as error:
+        if "matplotlib" not in str(error):
+            raise
+        raise BadInput("figures need matplotlib, which is missing: pip install 'kvpoll[reports]'") from None
+    with screen.progress("drawing") as advance:
+        paths = races.draw_all(Path(arguments.out), advance)
+    if arguments.json:
+        screen.json(
+            {"figures": [str(path) for path in paths], "repeat": f"kvpoll report --out {arguments.out}"}
+        )
+        return HOLDS
+    for path in paths:
+        screen.say(str(path))
+    screen.say(f"kvpoll report --out {arguments.out}")
+    return HOLDS
