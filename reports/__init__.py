@@ -62,6 +62,4 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        raise ImportError(
-            "figures need matplotlib, which is missing: pip install 'kvpoll[reports]'"
-        ) from None
+        raise ImportError("figures need matplotlib, which is missing: pip install 'kvpoll[reports]'") from None

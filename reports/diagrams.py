@@ -331,9 +331,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _matrix(table: Table, profile: Profile) -> str:
-    rows = [
-        (f"`{fact}`", *(_cell(table, state, fact, profile) for state in table.states)) for fact in table.facts
-    ]
+    rows = [(f"`{fact}`", *(_cell(table, state, fact, profile) for state in table.states)) for fact in table.facts]
     return markdown(("", *table.states), rows)
 
 

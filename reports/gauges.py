@@ -100,9 +100,7 @@ def _gauge(axes: Axes, series: Series, queue_name: str, begin_s: float) -> None:
     if series:
         _key(axes)
     else:
-        axes.text(
-            0.5, 0.5, "no data", color=_DIM, fontsize=style.TEXT_PT, ha="center", transform=axes.transAxes
-        )
+        axes.text(0.5, 0.5, "no data", color=_DIM, fontsize=style.TEXT_PT, ha="center", transform=axes.transAxes)
 
 
 def _board(axes: Axes, queue_name: str) -> None:
@@ -147,9 +145,7 @@ def wilson(successes: int, total: int, z: float = 1.959964) -> Interval:
     Raises ValueError unless 0 <= successes <= total.
     """
     if not 0 <= successes <= total:
-        raise ValueError(
-            f"{successes} successes of {total} is not a proportion; give 0 <= successes <= total"
-        )
+        raise ValueError(f"{successes} successes of {total} is not a proportion; give 0 <= successes <= total")
     if total == 0:
         return Interval(0.0, 1.0)
     rate, square = successes / total, z * z / total

@@ -35,7 +35,12 @@ class Figure:
 
 FIGURES = (
     Figure("sglang-24772", ("before-sglang-24772", "after-sglang-24772"), "r0"),
-    Figure("sglang-26912", ("before-sglang-27028", "after-sglang-27028"), "r2", "num_prefill_bootstrap_queue_reqs"),
+    Figure(
+        "sglang-26912",
+        ("before-sglang-27028", "after-sglang-27028"),
+        "r2",
+        "num_prefill_bootstrap_queue_reqs",
+    ),
     Figure("sglang-34572", ("after-sglang-27028", "reference"), "", "num_queue_reqs"),
     Figure("sglang-22901", ("before-sglang-22901", "after-sglang-22901", "after-sglang-22901 (query)"), "r1"),
     Figure("sglang-25125", ("before-sglang-25125", "after-sglang-25125"), "r0"),

@@ -223,11 +223,7 @@ def _writes(events: Sequence[Any], pair: Pair, end_s: float) -> Iterator[Arrow]:
                 yield Arrow("write", label, event.node, event.target, event.t, end, outcome)
             elif _trespasses(event, end, holds):
                 room = event.incarnation.room
-                label = (
-                    f"write of room {room}"
-                    if room != pair[0]
-                    else f"write of attempt {event.incarnation.attempt}"
-                )
+                label = f"write of room {room}" if room != pair[0] else f"write of attempt {event.incarnation.attempt}"
                 yield Arrow("write", label, event.node, event.target, event.t, end, outcome, own=False)
 
 
@@ -288,16 +284,12 @@ def lanes(events: Sequence[Any], pair: Pair) -> tuple[str, ...]:
         nodes.add(event.node)
         if isinstance(event, trace.Admitted):
             nodes.update(event.prefill, event.decode)
-        nodes.update(
-            getattr(event, name) for name in ("to", "sender", "target", "peer") if hasattr(event, name)
-        )
+        nodes.update(getattr(event, name) for name in ("to", "sender", "target", "peer") if hasattr(event, name))
     nodes.update(e.server for e in events if isinstance(e, trace.Requested) and e.node in nodes)
     nodes.update(arrow.source for arrow in _writes(events, pair, events[-1].t if events else 0.0))
     engines = {node.split("/")[0][1:] for node in nodes}
     nodes.update(
-        e.node
-        for e in events
-        if isinstance(e, trace.FaultBegan) and e.node.startswith("B") and e.node[1:] in engines
+        e.node for e in events if isinstance(e, trace.FaultBegan) and e.node.startswith("B") and e.node[1:] in engines
     )
     return tuple(sorted(nodes, key=lane_order))
 
@@ -308,9 +300,7 @@ def story(events: Sequence[Any], focus: Pair | None = None) -> Story:
     if pair is None or not events:
         return Story(pair, 0.0, 1.0, (), [], [], [], [], [], [], None)
     taking_part = lanes(events, pair)
-    drawn = [
-        arrow for arrow in arrows(events, pair) if arrow.source in taking_part and arrow.target in taking_part
-    ]
+    drawn = [arrow for arrow in arrows(events, pair) if arrow.source in taking_part and arrow.target in taking_part]
     violations = [e for e in events if isinstance(e, trace.Violated) and e.pair in (pair, None)]
     begin_s, end_s = _window(events, pair, drawn, violations)
     drawn = _thinned([arrow for arrow in drawn if arrow.begin_s <= end_s and arrow.end_s >= begin_s])
@@ -373,9 +363,7 @@ def _faults(events: Sequence[Any], taking_part: Sequence[str], begin_s: float, e
     return found
 
 
-def _marks(
-    events: Sequence[Any], pair: Pair, taking_part: Sequence[str], begin_s: float, end_s: float
-) -> list[Mark]:
+def _marks(events: Sequence[Any], pair: Pair, taking_part: Sequence[str], begin_s: float, end_s: float) -> list[Mark]:
     rids = {e.rid for e in events if isinstance(e, trace.Admitted) and e.pair == pair}
     found = ((e, _mark(e, pair, rids)) for e in events if begin_s <= e.t <= end_s)
     return [

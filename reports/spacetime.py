@@ -451,12 +451,8 @@ def _fault_name(frame: _Frame, fault: Fault, x0: float, y: float) -> None:
     words = fault.kind.replace("_", " ")
     width = style.text_width_pt(words) + 3
     rows = (y - _PITCH / 2 + 7, y + _PITCH / 2 - 6, y - _BAR - 6)
-    boxes = [
-        (x, row - 5, x + width, row + 5) for row in rows for x in (x0 + 1, x0 + 8, x0 - width - 1, x0 + 20)
-    ]
-    boxes += [
-        (x0 + step * 6, row - 5, x0 + step * 6 + width, row + 5) for row in rows for step in range(-20, 20)
-    ]
+    boxes = [(x, row - 5, x + width, row + 5) for row in rows for x in (x0 + 1, x0 + 8, x0 - width - 1, x0 + 20)]
+    boxes += [(x0 + step * 6, row - 5, x0 + step * 6 + width, row + 5) for row in rows for step in range(-20, 20)]
     box = frame.places.best(boxes, crossings=99)
     if box is not None:
         frame.sheet.text(box[0] + 1.5, (box[1] + box[3]) / 2, words, "#8F3D00", style="italic", zorder=6)
@@ -482,9 +478,7 @@ def _segments(frame: _Frame) -> list[tuple[Arrow, list[Segment]]]:
             found.append(
                 (
                     arrow,
-                    [(path[0], path[1], *_along(path, 0.6))]
-                    if arrow.outcome in ("lost", "pending")
-                    else [path],
+                    [(path[0], path[1], *_along(path, 0.6))] if arrow.outcome in ("lost", "pending") else [path],
                 )
             )
     return found
@@ -562,9 +556,7 @@ def _bundled(segments: Sequence[tuple[Arrow, list[Segment]]]) -> list[tuple[Arro
 
 def _label_colour(arrow: Arrow) -> str:
     colour = _arrow_colour(arrow)
-    return {style.NEUTRAL: style.QUIET, style.BLUE: "#0A4F7D", style.VERMILLION: "#8F3D00"}.get(
-        colour, colour
-    )
+    return {style.NEUTRAL: style.QUIET, style.BLUE: "#0A4F7D", style.VERMILLION: "#8F3D00"}.get(colour, colour)
 
 
 def _along(segment: Segment, share: float) -> tuple[float, float]:
@@ -607,9 +599,7 @@ def _findings(frame: _Frame) -> float:
     return y + 2
 
 
-def _extra(
-    sheet: Sheet, row: ExtraRow, panels: Sequence[Panel], columns: list[float], y: float, width: float
-) -> float:
+def _extra(sheet: Sheet, row: ExtraRow, panels: Sequence[Panel], columns: list[float], y: float, width: float) -> float:
     """One row of ordinary axes below the diagrams, with one height of the y axis for all of them."""
     drawn = []
     for panel, x in zip(panels, columns, strict=True):

@@ -139,9 +139,7 @@ def neutral_look(state: str) -> Look:
 @contextmanager
 def dressed() -> Iterator[None]:
     """Draw inside this context: kvpoll's parameters over matplotlib's defaults, whatever the user's are."""
-    defaults = {
-        name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")
-    }
+    defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
     with matplotlib.rc_context():
         matplotlib.rcParams.update(defaults)
         matplotlib.rcParams.update(PARAMETERS)  # type: ignore[arg-type]
@@ -231,9 +229,7 @@ class Sheet:
         how = {"ha": "left", "va": "center", "zorder": 8, **how}
         self.axes.text(x, y, words, color=colour, fontsize=size_pt, parse_math=False, **how)
 
-    def line(
-        self, xs: Sequence[float], ys: Sequence[float], colour: str, width: float = 0.8, **how: Any
-    ) -> None:
+    def line(self, xs: Sequence[float], ys: Sequence[float], colour: str, width: float = 0.8, **how: Any) -> None:
         self.axes.plot(xs, ys, color=colour, linewidth=width, solid_capstyle="butt", clip_on=False, **how)
 
     def rectangle(self, box: Box, fill: str, **how: Any) -> None:
@@ -245,9 +241,7 @@ class Sheet:
         x0, y0, x1, y1 = segment
         shape = f"-|>,head_length={2.2 + width * 0.35},head_width={1.1 + width * 0.25}" if head else "-"
         how = {"shrinkA": 0, "shrinkB": 0, "mutation_scale": 2, "zorder": 4, **how}
-        self.axes.add_patch(
-            FancyArrowPatch((x0, y0), (x1, y1), arrowstyle=shape, color=colour, linewidth=width, **how)
-        )
+        self.axes.add_patch(FancyArrowPatch((x0, y0), (x1, y1), arrowstyle=shape, color=colour, linewidth=width, **how))
 
     def mark(self, x: float, y: float, marker: str, colour: str, size_pt: float, **how: Any) -> None:
         how = {"markeredgecolor": INK, "markeredgewidth": 0.6, "zorder": 6, **how}

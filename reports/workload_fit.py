@@ -25,9 +25,7 @@ Number = TypeVar("Number", int, float)
 
 FIGURE: Final = Path(__file__).parent / "figures" / "workload_fit.png"
 TREND_BIN_S: Final = 60.0
-LEVEL_S: Final = (
-    30.0  # the excess over Poisson is slight at 3 s and full at 60 s: levels last something between
-)
+LEVEL_S: Final = 30.0  # the excess over Poisson is slight at 3 s and full at 60 s: levels last something between
 PROBABILITIES: Final = (
     *(0.0, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4),
     *(0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999, 1.0),
@@ -142,9 +140,7 @@ def _duration_s(sample: Sample) -> float:
 def _fit_arrivals(sample: Sample, duration_s: float) -> dict[str, float]:
     counts = sample.counts(TREND_BIN_S, duration_s)
     if len(counts) < 5:
-        raise WorkloadError(
-            f"the trace lasts {duration_s:.0f} s; give one of at least {5 * TREND_BIN_S:.0f} s"
-        )
+        raise WorkloadError(f"the trace lasts {duration_s:.0f} s; give one of at least {5 * TREND_BIN_S:.0f} s")
     line = linear_regression([(x + 0.5) * TREND_BIN_S for x in range(len(counts))], counts)
     mean_per_s = sum(counts) / (len(counts) * TREND_BIN_S)
     # A bin holds whole levels, so its dispersion is 1 + (mean arrivals in a level) * cv squared.
@@ -200,9 +196,7 @@ def _toml_list(key: str, numbers: Sequence[float]) -> list[str]:
 
 def comparison(real: Sample, synthetic: Sample, duration_s: float) -> str:
     """Two Markdown tables, rates and quantiles, of a recorded sample and a drawn one on the same ticks."""
-    return "\n".join(
-        [*_rate_table(real, synthetic, duration_s), "", *_quantile_table(real, synthetic, duration_s)]
-    )
+    return "\n".join([*_rate_table(real, synthetic, duration_s), "", *_quantile_table(real, synthetic, duration_s)])
 
 
 def _rate_table(real: Sample, synthetic: Sample, duration_s: float) -> list[str]:
@@ -275,9 +269,7 @@ def _draw_cdf(axes: Any, label: str, real: Sequence[int], synthetic: Sequence[in
     axes.set_xscale("log")
     axes.set(xlabel=label, ylabel="Share of requests", ylim=(0, 1.02))
     axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
-    axes.text(
-        0.04, 0.93, f"KS distance {ks_distance(real, synthetic):.3f}", transform=axes.transAxes, va="top"
-    )
+    axes.text(0.04, 0.93, f"KS distance {ks_distance(real, synthetic):.3f}", transform=axes.transAxes, va="top")
     _tidy(axes)
 
 
@@ -316,12 +308,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("trace", type=Path, metavar="TRACE", help="a trace in the Mooncake format")
     parser.add_argument("--seed", type=int, default=1, help="of the drawn hour (default 1)")
     model = WORKLOADS / "conversation.toml"
-    parser.add_argument(
-        "--model", type=Path, default=model, metavar="TOML", help=f"written (default {model})"
-    )
-    parser.add_argument(
-        "--figure", type=Path, default=FIGURE, metavar="PNG", help=f"written (default {FIGURE})"
-    )
+    parser.add_argument("--model", type=Path, default=model, metavar="TOML", help=f"written (default {model})")
+    parser.add_argument("--figure", type=Path, default=FIGURE, metavar="PNG", help=f"written (default {FIGURE})")
     return parser.parse_args(arguments)
 
 
@@ -330,9 +318,7 @@ def _run(options: argparse.Namespace) -> None:
     real = recorded(arrivals)
     options.model.write_text(to_toml(fit(arrivals), len(arrivals)))
     duration_s = _duration_s(real)
-    synthetic = drawn(
-        from_model(random.Random(options.seed), read_model(options.model), duration_s), real.tick_s
-    )
+    synthetic = drawn(from_model(random.Random(options.seed), read_model(options.model), duration_s), real.tick_s)
     print(comparison(real, synthetic, duration_s))
     draw_figure(options.figure, real, synthetic, duration_s)
 

@@ -40,7 +40,7 @@ GAUGES = {
 class PeerRank(NamedTuple):
     """A prefill rank that a room of ours talks to: its bit, its node, its process epoch as we know it."""
 
-    index: int
+    bit: int
     node: str
     epoch: int
 
@@ -378,21 +378,25 @@ class DecodeRank(Rank):
     def suspect(self, engine: str) -> None:
         """A prefill engine does not answer: forget its routes, fail what waits for it, keep the memory."""
         self.finder.drop(engine)
-        self._tell_rooms(engine, "PeerSuspected", None)
+        self._tell_rooms(engine, "PeerSuspected")
 
     def bury(self, engine: str, epoch: int) -> None:
         """A prefill engine's former process is gone, and with it every write it had posted."""
         self.finder.drop(engine)
-        self._tell_rooms(engine, "PeerDied", epoch)
+        for room in list(self.rooms.values()):
+            known = self.peers.get(self.key(room.incarnation), ())
+            dead = [peer for peer in known if peer.node.partition("/")[0] == engine and peer.epoch != epoch]
+            if dead:
+                self.deliver("PeerDied", room.incarnation, sum(1 << peer.bit for peer in dead))
 
     def restored(self, engine: str) -> None:
         """The channel to a prefill engine is back."""
-        self._tell_rooms(engine, "LinkRestored", None)
+        self._tell_rooms(engine, "LinkRestored")
 
-    def _tell_rooms(self, engine: str, fact: str, epoch: int | None) -> None:
+    def _tell_rooms(self, engine: str, fact: str) -> None:
         for room in list(self.rooms.values()):
             known = self.peers.get(self.key(room.incarnation), ())
-            if any(peer.node.partition("/")[0] == engine and peer.epoch != epoch for peer in known):
+            if any(peer.node.partition("/")[0] == engine for peer in known):
                 self.deliver(fact, room.incarnation)
 
 

@@ -113,7 +113,9 @@ class Detector:
     detector's own next interval boundary, and it stops when the peer is steadily alive.
     """
 
-    def __init__(self, rank: Any, target: str, on_suspected: Callable[[str], None], on_dead: Callable[[str, int], None]) -> None:
+    def __init__(
+        self, rank: Any, target: str, on_suspected: Callable[[str], None], on_dead: Callable[[str, int], None]
+    ) -> None:
         self.rank = rank
         self.world: World = rank.world
         self.target = target

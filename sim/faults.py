@@ -205,7 +205,10 @@ def _in_list(entries: list[Any], entry: Any) -> Undo:
 
 def _delay_messages(injector: Injector, fault: Fault) -> Undo:
     injector.fired(fault)
-    return _in_list(injector.world.network.delays, (fault.target, fault.parameters["delay_s"], fault.parameters.get("random", False)))
+    return _in_list(
+        injector.world.network.delays,
+        (fault.target, fault.parameters["delay_s"], fault.parameters.get("random", False)),
+    )
 
 
 def _duplicate_messages(injector: Injector, fault: Fault) -> Undo:
@@ -262,7 +265,12 @@ def _slow_rank(injector: Injector, fault: Fault) -> Undo:
     undos = [
         _in_list(engine.slowdowns, (fault.target, fault.parameters["factor"])) for engine in injector.cluster.engines()
     ]
-    return lambda: [undo() for undo in undos] and None
+
+    def undo() -> None:
+        for each in undos:
+            each()
+
+    return undo
 
 
 def _slow_link(injector: Injector, fault: Fault) -> Undo:
@@ -271,7 +279,12 @@ def _slow_link(injector: Injector, fault: Fault) -> Undo:
 
 
 def _fail_allocations(injector: Injector, fault: Fault) -> Undo:
-    ranks = [rank for engine in injector.cluster.engines() for rank in engine.ranks.values() if covers(fault.target, rank.node)]
+    ranks = [
+        rank
+        for engine in injector.cluster.engines()
+        for rank in engine.ranks.values()
+        if covers(fault.target, rank.node)
+    ]
     for rank in ranks:
         rank.kv.fail_next += int(fault.parameters["count"])
         rank.kv.on_failure = functools.partial(injector.fired, fault)
@@ -428,8 +441,14 @@ def _link(chance: random.Random, topology: Topology) -> tuple[str, str]:
 
 
 def _target(chance: random.Random, what: str, topology: Topology) -> str:
-    prefill, decode = f"P{chance.randrange(topology.prefill.count)}", f"D{chance.randrange(topology.decode.count)}"
-    prefill_ranks, decode_ranks = list(rank_names("P", topology.prefill)), list(rank_names("D", topology.decode))
+    prefill, decode = (
+        f"P{chance.randrange(topology.prefill.count)}",
+        f"D{chance.randrange(topology.decode.count)}",
+    )
+    prefill_ranks, decode_ranks = (
+        list(rank_names("P", topology.prefill)),
+        list(rank_names("D", topology.decode)),
+    )
     choices = {
         "server": ["B" + prefill[1:]],
         "prefill_engine": [prefill],

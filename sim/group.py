@@ -43,7 +43,11 @@ class Collectives:
         self._next[index] += 1
         world = self.world
         world.emit(CollectiveEntered(world.now, node, self.name, sequence, kind, shape))
-        state, payloads, event = self._open.get(sequence) or (Collective(), [None] * self.size, simpy.Event(world.env))
+        state, payloads, event = self._open.get(sequence) or (
+            Collective(),
+            [None] * self.size,
+            simpy.Event(world.env),
+        )
         payloads[index] = payload
         state, orders = world.machines.collective.step(state, "RankEntered", (index, self.size, (kind, shape)))
         self._open[sequence] = (state, payloads, event)

@@ -119,8 +119,8 @@ class PrefillRank(Rank):
         if self.stopped:
             return
         key = self.key(incarnation)
-        self.destinations.setdefault(key, {})[destination.index] = destination
-        self.deliver("DestinationRegistered", incarnation, (destination.index, required), destination)
+        self.destinations.setdefault(key, {})[destination.bit] = destination
+        self.deliver("DestinationRegistered", incarnation, (destination.bit, required), destination)
         room = self.rooms.get(incarnation.room)
         if room is None or self.key(room.incarnation) != key:
             self.destinations.pop(key, None)
@@ -169,7 +169,14 @@ class PrefillRank(Rank):
         chosen = askers.values() if action.detail is None else [origin]
         for node, theirs in chosen:
             self.world.network.send(
-                self.node, node, "AbortAck", theirs, self.prefill_engine.cluster.ack_at, node, theirs, self.unique_index
+                self.node,
+                node,
+                "AbortAck",
+                theirs,
+                self.prefill_engine.cluster.ack_at,
+                node,
+                theirs,
+                self.unique_index,
             )
 
     def _reject(self, action: Action, origin: Any) -> None:
@@ -265,7 +272,10 @@ class PrefillRank(Rank):
         own = self.report(entry.incarnation)
         if self.replica.stages == 1:
             return own
-        return min([own, *(stage.get(rid, UNKNOWN) for stage in self.stage_reports[1:])], key=lambda report: report.poll)
+        return min(
+            [own, *(stage.get(rid, UNKNOWN) for stage in self.stage_reports[1:])],
+            key=lambda report: report.poll,
+        )
 
     def _in_state(self, state: str) -> list[str]:
         return [rid for rid, entry in self.entries.items() if entry.state.state == state]
@@ -492,7 +502,13 @@ class PrefillRank(Rank):
                 return
             if self.deliver("WritePosted", incarnation, final):
                 self.prefill_engine.cluster.transport.post(
-                    self, destination, chunk, first, pages, last, lambda outcome: self._write_ended(incarnation, outcome)
+                    self,
+                    destination,
+                    chunk,
+                    first,
+                    pages,
+                    last,
+                    lambda outcome: self._write_ended(incarnation, outcome),
                 )
 
     def _write_ended(self, incarnation: Incarnation, outcome: str) -> None:

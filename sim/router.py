@@ -45,7 +45,15 @@ class Router:
         decode = number % topology.decode.count
         decode_dp = (number // topology.decode.count) % topology.decode.sizes.dp
         request = Request(
-            rid, pair, world.now, input_tokens, output_tokens, prefill, self._prefill_dp(pair[0], prefill), decode, decode_dp
+            rid,
+            pair,
+            world.now,
+            input_tokens,
+            output_tokens,
+            prefill,
+            self._prefill_dp(pair[0], prefill),
+            decode,
+            decode_dp,
         )
         if self.override is not None:
             request = request._replace(prefill_dp=self.override(request))

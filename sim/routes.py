@@ -57,7 +57,13 @@ class Finder:
     # -- topology
 
     def _ask_topology(self, engine: str, attempt: int) -> None:
-        self._request(engine, "GET /route", None, attempt - 1, lambda status, body: self._topology_answered(engine, attempt, status))
+        self._request(
+            engine,
+            "GET /route",
+            None,
+            attempt - 1,
+            lambda status, body: self._topology_answered(engine, attempt, status),
+        )
 
     def _topology_answered(self, engine: str, attempt: int, status: int | str) -> None:
         if self.rank.is_over():
@@ -79,7 +85,9 @@ class Finder:
 
     def _is_wanted(self, entry: Entry) -> bool:
         room = self.rank.rooms.get(entry.incarnation.room)
-        return room is not None and room.incarnation.pair == entry.incarnation.pair and room.local.poll == "Bootstrapping"
+        return (
+            room is not None and room.incarnation.pair == entry.incarnation.pair and room.local.poll == "Bootstrapping"
+        )
 
     # -- DP rank
 
@@ -98,15 +106,23 @@ class Finder:
             return
 
         def answered(status: int | str, body: Any) -> None:
-            after, orders = self.world.machines.resolution.step(state, "DpRankAnswered", body if status == 200 else None)
+            after, orders = self.world.machines.resolution.step(
+                state, "DpRankAnswered", body if status == 200 else None
+            )
             if not orders:
                 self.world.mark(self.rank.node, "dp_rank_queried")
                 self._fetch(entry, after.rank)
             else:
-                self.world.after(self.world.profile.number("dp_query_retry_s"), self._query, entry, after, repeat + 1)
+                retry_s = self.world.profile.number("dp_query_retry_s")
+                self.world.after(retry_s, self._query_again, entry, after, repeat + 1)
 
         room = entry.request.pair[0]
         self._request(f"P{entry.request.prefill}", "POST /query_dp_ranks", room, repeat, answered)
+
+    def _query_again(self, entry: Entry, state: Resolution, repeat: int) -> None:
+        after, orders = self.world.machines.resolution.step(state, "RetryDue")
+        if orders:
+            self._query(entry, after, repeat)
 
     # -- endpoints
 
@@ -155,7 +171,7 @@ class Finder:
         ranks = rank.decode_engine.cluster.unique_indices
         peers = tuple(PeerRank(ranks[node], node, known[node]) for node in self._targets(entry, dp))
         rank.peers[rank.key(entry.incarnation)] = peers
-        mask = sum(1 << peer.index for peer in peers)
+        mask = sum(1 << peer.bit for peer in peers)
         rank.deliver("RoutesResolved", entry.incarnation, (mask, rank.mapping.responses_required))
         rank.deliver("SetupFinished", entry.incarnation)
         self._join(entry)

@@ -110,7 +110,9 @@ def parse_scenario(source: Source, protocol: Protocol, name: str) -> Scenario:
     topology = _topology(source)
     timing = _filled(source, ("timing",), data.get("timing", {}), Timing)
     faults = tuple(_fault(source, index, entry, topology) for index, entry in enumerate(data.get("fault", [])))
-    expectations = tuple(_expectation(source, index, entry, protocol) for index, entry in enumerate(data.get("expect", [])))
+    expectations = tuple(
+        _expectation(source, index, entry, protocol) for index, entry in enumerate(data.get("expect", []))
+    )
     return Scenario(
         name=name,
         path=source.name,
@@ -137,7 +139,7 @@ def _filled(source: Source, path: tuple[str | int, ...], entry: Mapping[str, Any
 
 
 def _check_scalar(source: Source, path: tuple[str | int, ...], name: str, value: Any, default: Any) -> None:
-    if isinstance(default, bool) or isinstance(default, str):
+    if isinstance(default, bool | str):
         if not isinstance(value, type(default)):
             raise source.error(path, f"{name} must be a {type(default).__name__}, got {value!r}")
         return
@@ -158,8 +160,11 @@ def _topology(source: Source) -> Topology:
         _check_scalar(source, ("topology", name), name, value, base[name])
     balances = ("follow_bootstrap_room", "total_requests", "total_tokens")
     if entry.get("load_balance", balances[0]) not in balances:
-        raise source.error(("topology", "load_balance"), f"unknown load_balance {entry['load_balance']!r}{nearest(entry['load_balance'], balances)}")
-    topology = Topology(**entry, **shapes)
+        raise source.error(
+            ("topology", "load_balance"),
+            f"unknown load_balance {entry['load_balance']!r}{nearest(entry['load_balance'], balances)}",
+        )
+    topology = Topology(prefill=shapes["prefill"], decode=shapes["decode"], **entry)
     problem = topology.check()
     if problem is not None:
         raise source.error(("topology",), f"this cluster cannot exist: {problem}")
@@ -199,7 +204,15 @@ def _fault(source: Source, index: int, entry: Mapping[str, Any], topology: Topol
     trigger = entry.get("trigger")
     if trigger is not None:
         _check_trigger(source, (*path, "trigger"), trigger)
-    return Fault(f"{kind.name}-{index}", kind, target, entry.get("at_s", 0.0), entry.get("for_s", 1e9), parameters, trigger)
+    return Fault(
+        f"{kind.name}-{index}",
+        kind,
+        target,
+        entry.get("at_s", 0.0),
+        entry.get("for_s", 1e9),
+        parameters,
+        trigger,
+    )
 
 
 def _check_target(source: Source, path: tuple[str | int, ...], target: str, topology: Topology) -> None:
@@ -230,6 +243,7 @@ def _expectation(source: Source, index: int, entry: Mapping[str, Any], protocol:
             if name not in INVARIANTS:
                 raise source.error((*path, key), f"unknown invariant {name!r}{nearest(name, INVARIANTS)}")
     shows = tuple(entry.get("shows", ()))
+    assert isinstance(profile, str)
     return Expectation(
         profile, entry.get("label", profile), entry.get("rules", {}), shows, (*shows, *entry.get("follows", ())),
         tuple(entry.get("marks", ())), tuple(entry.get("causes", ())),
@@ -246,7 +260,16 @@ def chosen_profile(protocol: Protocol, expectation: Expectation) -> Profile:
 WORKLOAD_KEYS: dict[str, tuple[str, ...]] = {
     "requests": ("kind", "requests"),
     "poisson": ("kind", "rate_per_s", "input_tokens", "output_tokens", "until_s"),
-    "bursts": ("kind", "rate_per_s", "burst_rate_per_s", "burst_s", "period_s", "input_tokens", "output_tokens", "until_s"),
+    "bursts": (
+        "kind",
+        "rate_per_s",
+        "burst_rate_per_s",
+        "burst_s",
+        "period_s",
+        "input_tokens",
+        "output_tokens",
+        "until_s",
+    ),
     "synthetic": ("kind",),
     "mooncake": ("kind", "path"),
 }

@@ -76,7 +76,12 @@ class Topology:
 def rank_name(side: str, engine: int, sizes: Sizes, dp: int, pp: int, tp: int, cp: int = 0) -> str:
     """``P0/dp1/pp0/tp1``; dimensions of size one are left out."""
     parts = [f"{side}{engine}"]
-    for label, size, index in (("dp", sizes.dp, dp), ("pp", sizes.pp, pp), ("cp", sizes.cp, cp), ("tp", sizes.tp, tp)):
+    for label, size, index in (
+        ("dp", sizes.dp, dp),
+        ("pp", sizes.pp, pp),
+        ("cp", sizes.cp, cp),
+        ("tp", sizes.tp, tp),
+    ):
         if size > 1:
             parts.append(f"{label}{index}")
     return "/".join(parts)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class Destination(NamedTuple):
-    """What a decode rank published: itself, its incarnation of the room, its index, pages in prompt order, row."""
+    """What a decode rank published: itself, its incarnation of the room, its bit, pages in prompt order, row."""
 
     rank: Any
     incarnation: Incarnation
-    index: int
+    bit: int
     pages: tuple[int, ...]
     row: int
 
@@ -127,7 +127,9 @@ class Transport:
         if write.last and count == len(write.pages):
             target.place_row(write.destination.row, pair)
         if world.stream.wants(WriteLanded):
-            world.emit(WriteLanded(world.now, target.node, write.serial, write.destination.incarnation, write.pages[:count]))
+            world.emit(
+                WriteLanded(world.now, target.node, write.serial, write.destination.incarnation, write.pages[:count])
+            )
 
     def settle(self, write: Write, ok: bool) -> None:
         """No byte of this write moves any more."""

@@ -289,9 +289,7 @@ class _ModelFile:
         if len(tokens) != len(probabilities):
             cause = f"{len(tokens)} tokens for {len(probabilities)} probabilities"
             raise self._error(name, "tokens", cause, "give one length for each probability")
-        if not 1 <= tokens[0] <= tokens[-1] <= _LARGEST or any(
-            before > after for before, after in pairwise(tokens)
-        ):
+        if not 1 <= tokens[0] <= tokens[-1] <= _LARGEST or any(before > after for before, after in pairwise(tokens)):
             raise self._error(name, "tokens", f"tokens fall, or leave 1 to {_LARGEST}", "sort and bound them")
         return Table(tuple(map(float, probabilities)), tuple(tokens))
 
@@ -344,9 +342,7 @@ def read_mooncake(path: Path | str, until_s: float | None = None) -> list[Arriva
         try:
             timestamp_ms, arrival = _mooncake_arrival(line)
             if timestamp_ms < previous_ms:
-                _reject(
-                    f"timestamp {timestamp_ms} is before {previous_ms} of the line above", "sort by timestamp"
-                )
+                _reject(f"timestamp {timestamp_ms} is before {previous_ms} of the line above", "sort by timestamp")
         except WorkloadError as error:
             raise WorkloadError(f"{path}:{number}: {error}") from None
         if until_s is not None and arrival.t >= until_s:
@@ -376,9 +372,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        _reject(
-            "not a whole JSON object (is the line truncated?)", "fetch the trace again or delete the line"
-        )
+        _reject("not a whole JSON object (is the line truncated?)", "fetch the trace again or delete the line")
     if not isinstance(row, dict):
         _reject(f"a JSON object is needed, this is {_shown(row)}", "write one {...} a line")
     return row
@@ -425,9 +419,7 @@ def _shown(value: Any) -> str:
 
 def _nearest(name: str, known: list[str]) -> str:
     close = get_close_matches(name, known, n=1)
-    return (
-        f"did you mean {close[0]!r}?" if close else "known here: " + (", ".join(sorted(known)) or "nothing")
-    )
+    return f"did you mean {close[0]!r}?" if close else "known here: " + (", ".join(sorted(known)) or "nothing")
 
 
 def _missing(name: str, present: list[str]) -> str:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class World:
     """The stage of one run. ``now`` is in seconds since its start."""
 
-    def __init__(self, protocol: Protocol, profile: Profile, topology: Topology, seed: int | str, stream: Stream) -> None:
+    def __init__(
+        self, protocol: Protocol, profile: Profile, topology: Topology, seed: int | str, stream: Stream
+    ) -> None:
         self.env = simpy.Environment()
         self.protocol = protocol
         self.profile = profile
@@ -113,7 +115,15 @@ class Network:
                 delay += extra_s * (self._jitter.random() if is_random else 1.0)
         return delay
 
-    def send(self, node: str, to: str, message: str, incarnation: Incarnation, deliver: Callable[..., None], *arguments: Any) -> None:
+    def send(
+        self,
+        node: str,
+        to: str,
+        message: str,
+        incarnation: Incarnation,
+        deliver: Callable[..., None],
+        *arguments: Any,
+    ) -> None:
         """Send a control message; ``deliver(*arguments)`` is called when it arrives, if it arrives."""
         world = self.world
         self._serial += 1
@@ -125,7 +135,11 @@ class Network:
         epoch = world.epochs.get(engine_of(to), 0)
         parcel = (node, to, message, incarnation, serial, epoch, deliver, arguments)
         world.after(arrival - world.now, self._arrive, parcel)
-        if self.duplicating and engine_of(node) != engine_of(to) and any(covers(p, node) and self._copies.random() < share for p, share in self.duplicating):
+        if (
+            self.duplicating
+            and engine_of(node) != engine_of(to)
+            and any(covers(p, node) and self._copies.random() < share for p, share in self.duplicating)
+        ):
             world.mark(node, "message_duplicated")
             world.after(arrival - world.now, self._arrive, parcel)
 

@@ -16,13 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from kvpoll.spec.invariants import Bounds
-from kvpoll.spec.source import BadInput, Source, nearest
+from kvpoll.spec.source import BadInput, Rows, Source, nearest
 from kvpoll.spec.vocabulary import POLL_NUMBERS, UNPOLLED
 
 SPEC_PATH = Path(__file__).with_name("kvpoll.toml")
 SAME = "="
 
 Value = str | int | float
+
+_TABLES = dict.fromkeys(("poll", "action", "rule", "profile", "bounds", "role"), dict)
+_RULE = {"kind": str, "values": dict, "unit": str, "env": str, "source": str}
+_PROFILE = {"title": str, "base": str, "upstream": str, "rules": dict}
+_MACHINE = {"states": list, "initial": str, "transition": Rows, "ignored": dict, "illegal": dict}
+_ROLE = {"title": str, "terminal": list, "facts": dict, "lease": dict, "stale": dict, **_MACHINE}
+_LEASE = {"facts": list, "joint": Rows, **_MACHINE}
+_ORDERS = {"guards": list, "update": list, "actions": list, "when": dict, "defect": list, "source": str}
+_ROW = {"from": list, "fact": str, "to": str, "cause": str, **_ORDERS}
+_JOINT = {"poll": list, "lease": list, "to_poll": str, "to_lease": str, **_ORDERS}
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,8 @@ def parse(source: Source) -> Protocol:
     for section in top:
         if section not in source.data:
             raise source.error((), f"section [{section}] is missing")
+    for section, form in _TABLES.items():
+        source.require_form((section,), section, source.data[section], form)
     if source.data["poll"] != POLL_NUMBERS:
         raise source.error(("poll",), f"the poll numbers are fixed by every engine: {POLL_NUMBERS}")
     actions = source.data["action"]
@@ -175,10 +187,10 @@ def parse(source: Source) -> Protocol:
 def _rule(source: Source, name: str) -> Rule:
     path = ("rule", name)
     entry = source.data["rule"][name]
-    source.require_known(path, entry, ("kind", "values", "unit", "env", "source"), "key")
+    source.require_forms(path, entry, _RULE)
     kind = entry.get("kind")
     if kind not in ("choice", "number"):
-        raise source.error(path, f"rule {name!r} needs kind = \"choice\" or \"number\"")
+        raise source.error(path, f'rule {name!r} needs kind = "choice" or "number"')
     if (kind == "choice") != ("values" in entry) or (kind == "number") != ("unit" in entry):
         raise source.error(path, f"rule {name!r}: a choice has `values`, a number has a `unit`")
     return Rule(name, **entry)
@@ -187,7 +199,7 @@ def _rule(source: Source, name: str) -> Rule:
 def _profile(source: Source, name: str, rules: Mapping[str, Rule], known: Mapping[str, Profile]) -> Profile:
     path = ("profile", name)
     entry = source.data["profile"][name]
-    source.require_known(path, entry, ("title", "base", "upstream", "rules"), "key")
+    source.require_forms(path, entry, _PROFILE)
     base = entry.get("base")
     if base is not None and base not in known:
         raise source.error((*path, "base"), f"unknown base profile {base!r}{nearest(base, known)}; it must stand above")
@@ -196,7 +208,9 @@ def _profile(source: Source, name: str, rules: Mapping[str, Rule], known: Mappin
     merged = {**(known[base].rules if base else {}), **given}
     missing = rules.keys() - merged.keys()
     if missing:
-        raise source.error(path, f"profile {name!r} does not choose rule {sorted(missing)[0]!r} and has no base that does")
+        raise source.error(
+            path, f"profile {name!r} does not choose rule {sorted(missing)[0]!r} and has no base that does"
+        )
     return Profile(name, entry.get("title", ""), merged, base, entry.get("upstream"))
 
 
@@ -207,10 +221,14 @@ def check_rule_values(
     source.require_known(path, given, rules, "rule")
     for name, value in given.items():
         rule = rules[name]
+        if rule.kind == "choice" and not isinstance(value, str):
+            raise source.error((*path, name), f"rule {name!r} must be one of {', '.join(rule.values)}, got {value!r}")
         if rule.kind == "choice" and value not in rule.values:
             raise source.error((*path, name), f"rule {name!r} has no value {value!r}{nearest(value, rule.values)}")
         if rule.kind == "number" and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):
-            raise source.error((*path, name), f"rule {name!r} is a number of {rule.unit} and not negative, got {value!r}")
+            raise source.error(
+                (*path, name), f"rule {name!r} is a number of {rule.unit} and not negative, got {value!r}"
+            )
 
 
 def _bounds(source: Source) -> Bounds:
@@ -233,13 +251,13 @@ class _RoleReader:
     def role(self, name: str) -> Role:
         path = ("role", name)
         entry = self.source.data["role"][name]
-        keys = ("title", "states", "initial", "terminal", "facts", "transition", "ignored", "illegal", "lease", "stale")
-        self.source.require_known(path, entry, keys, "key")
-        for key in ("title", "states", "initial", "terminal", "facts", "transition"):
-            if key not in entry:
-                raise self.source.error(path, f"role {name!r} lacks `{key}`")
+        self.source.require_forms(path, entry, _ROLE)
+        needed = ("title", "states", "initial", "terminal", "facts", "transition")
+        self.source.require_all(path, entry, needed, f"role {name!r}")
         table = self._table(path, entry, entry["facts"])
         self.source.require_known((*path, "stale"), entry.get("stale", {}), entry["facts"], "fact")
+        for fact, texts in entry.get("stale", {}).items():
+            self.source.require_form((*path, "stale", fact), fact, texts, list)
         stale = {
             fact: tuple(self._action((*path, "stale", fact), text) for text in texts)
             for fact, texts in entry.get("stale", {}).items()
@@ -248,8 +266,8 @@ class _RoleReader:
             return Role(name, entry["title"], table, None, (), stale)
         lease_entry = entry["lease"]
         lease_path = (*path, "lease")
-        keys = ("states", "initial", "facts", "transition", "ignored", "illegal", "joint")
-        self.source.require_known(lease_path, lease_entry, keys, "key")
+        self.source.require_forms(lease_path, lease_entry, _LEASE)
+        self.source.require_all(lease_path, lease_entry, ("states", "initial", "facts", "transition"), "a lease")
         self.source.require_known((*lease_path, "facts"), lease_entry["facts"], entry["facts"], "fact")
         facts = {fact: entry["facts"][fact] for fact in lease_entry["facts"]}
         lease = self._table(lease_path, lease_entry, facts)
@@ -264,29 +282,37 @@ class _RoleReader:
         self.source.require_known((*path, "initial"), [entry["initial"]], states, "state")
         self.source.require_known((*path, "terminal"), entry.get("terminal", []), states, "state")
         rows = tuple(
-            self._row((*path, "transition", index), row, states, facts)
-            for index, row in enumerate(entry["transition"])
+            self._row((*path, "transition", index), row, states, facts) for index, row in enumerate(entry["transition"])
         )
         said = {kind: self._cells((*path, kind), entry.get(kind, {}), states, facts) for kind in ("ignored", "illegal")}
         terminal = tuple(entry.get("terminal", ()))
         return Table(states, entry["initial"], terminal, facts, rows, said["ignored"], said["illegal"])
 
     def _cells(
-        self, path: tuple[str | int, ...], entry: Mapping[str, Any], states: tuple[str, ...], facts: Mapping[str, str]
+        self,
+        path: tuple[str | int, ...],
+        entry: Mapping[str, Any],
+        states: tuple[str, ...],
+        facts: Mapping[str, str],
     ) -> dict[str, tuple[str, ...]]:
         self.source.require_known(path, entry, facts, "fact")
         for fact, names in entry.items():
+            self.source.require_form((*path, fact), fact, names, list)
             for name in names:
                 if name not in states:
                     raise self.source.error((*path, fact), f"unknown state {name!r}{nearest(name, states)}")
         return {fact: tuple(names) for fact, names in entry.items()}
 
     def _row(
-        self, path: tuple[str | int, ...], entry: Mapping[str, Any], states: tuple[str, ...], facts: Mapping[str, str]
+        self,
+        path: tuple[str | int, ...],
+        entry: Mapping[str, Any],
+        states: tuple[str, ...],
+        facts: Mapping[str, str],
     ) -> Row:
         fail = self.source.error
-        keys = ("from", "fact", "guards", "to", "update", "actions", "when", "cause", "defect", "source")
-        self.source.require_known(path, entry, keys, "key")
+        self.source.require_forms(path, entry, _ROW)
+        self.source.require_all(path, entry, ("from", "fact", "to"), "a row")
         for name in entry["from"]:
             if name not in states:
                 raise fail(path, f"unknown state {name!r}{nearest(name, states)}")
@@ -297,7 +323,12 @@ class _RoleReader:
         return self._build(path, entry, tuple(entry["from"]), entry["fact"], entry["to"])
 
     def _build(
-        self, path: tuple[str | int, ...], entry: Mapping[str, Any], states: tuple[str, ...], fact: str, to: str
+        self,
+        path: tuple[str | int, ...],
+        entry: Mapping[str, Any],
+        states: tuple[str, ...],
+        fact: str,
+        to: str,
     ) -> Row:
         return Row(
             states=states,
@@ -324,7 +355,7 @@ class _RoleReader:
         for name, values in wanted.items():
             if name not in self.rules:
                 raise self.source.error(path, f"unknown rule {name!r}{nearest(name, self.rules)}")
-            for value in values:
+            for value in map(str, values):
                 if value not in self.rules[name].values:
                     raise self.source.error(
                         path, f"rule {name!r} has no value {value!r}{nearest(value, self.rules[name].values)}"
@@ -332,8 +363,8 @@ class _RoleReader:
         return {name: tuple(values) for name, values in wanted.items()}
 
     def _joint(self, path: tuple[str | int, ...], entry: Mapping[str, Any], poll: Table, lease: Table) -> Joint:
-        keys = ("poll", "lease", "to_poll", "to_lease", "guards", "update", "actions", "when", "defect", "source")
-        self.source.require_known(path, entry, keys, "key")
+        self.source.require_forms(path, entry, _JOINT)
+        self.source.require_all(path, entry, ("poll", "lease"), "a joint row")
         for key, states in (("poll", poll.states), ("lease", lease.states)):
             for name in [*entry[key], entry.get(f"to_{key}", SAME)]:
                 if name != SAME and name not in states:
@@ -350,7 +381,9 @@ def _check_role(source: Source, role: Role, profiles: Mapping[str, Profile]) -> 
             _check_cells(source, role, table, profile)
     for row in [*_all_rows(role), *(joint.row for joint in role.joint)]:
         if row.defect and row.exists_in(profiles["reference"]):
-            raise BadInput(f"{source.name}:{row.line}: a row that breaks {row.defect[0]} exists in 'reference'; give it a `when`")
+            raise BadInput(
+                f"{source.name}:{row.line}: a row that breaks {row.defect[0]} exists in 'reference'; give it a `when`"
+            )
     _check_exits(source, role, profiles["reference"])
     unreached = _unreached(role)
     if unreached:
@@ -370,7 +403,9 @@ def _check_cells(source: Source, role: Role, table: Table, profile: Profile) -> 
             ignored = state in table.ignored.get(fact, ())
             illegal = state in table.illegal.get(fact, ())
             if ignored and illegal:
-                raise source.error(("role", role.name), f"role {role.name!r}: {fact} in {state} is both ignored and illegal")
+                raise source.error(
+                    ("role", role.name), f"role {role.name!r}: {fact} in {state} is both ignored and illegal"
+                )
             if not ignored and not illegal and not any(not row.guards for row in rows):
                 raise source.error(
                     ("role", role.name, "facts"),
@@ -381,10 +416,12 @@ def _check_cells(source: Source, role: Role, table: Table, profile: Profile) -> 
 
 def _check_exits(source: Source, role: Role, reference: Profile) -> None:
     for row in role.table.rows:
-        leaves = row.to not in (SAME, *UNPOLLED, *row.states)
         for state in row.states:
+            leaves = row.to not in (SAME, *UNPOLLED, state)
             if state in role.table.terminal and leaves and row.exists_in(reference):
-                raise BadInput(f"{source.name}:{row.line}: terminal state {state!r} has an exit to {row.to!r} in 'reference'")
+                raise BadInput(
+                    f"{source.name}:{row.line}: terminal state {state!r} has an exit to {row.to!r} in 'reference'"
+                )
 
 
 def _unreached(role: Role) -> list[str]:

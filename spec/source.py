@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ def nearest(name: object, valid: Iterable[str]) -> str:
     if close:
         return f" (did you mean {close[0]!r}?)"
     return f" (valid: {', '.join(names)})" if len(names) <= 12 else f" (valid: {', '.join(names[:12])}, ...)"
+
+
+class Rows(list):  # type: ignore[type-arg]
+    """The form of a list of tables."""
 
 
 class Source:
@@ -57,6 +61,33 @@ class Source:
         for name in given:
             if name not in names:
                 raise self.error((*path, name), f"unknown {what} {name!r}{nearest(name, names)}")
+
+    def require_forms(self, path: tuple[str | int, ...], entry: object, forms: Mapping[str, type]) -> None:
+        """``entry`` is a table, knows no key but those of ``forms``, and each value has its form."""
+        if not isinstance(entry, dict):
+            raise self.error(path, f"a table was expected here, got {entry!r}")
+        self.require_known(path, entry, forms, "key")
+        for key, value in entry.items():
+            self.require_form((*path, key), key, value, forms[key])
+
+    def require_form(self, path: tuple[str | int, ...], key: str, value: Any, form: type) -> None:
+        """``value`` has the form; a list holds names only."""
+        item: type | None = str if form is list else dict if form is Rows else None
+        plain = list if form is Rows else form
+        fits = isinstance(value, plain)
+        if not fits or (item and not all(isinstance(each, item) for each in value)):
+            raise self.error(path, f"`{key}` must be {_FORM_NAMES[form]}, got {value!r}")
+
+    def require_all(
+        self, path: tuple[str | int, ...], entry: Mapping[str, Any], keys: Iterable[str], what: str
+    ) -> None:
+        """No key is missing."""
+        for key in keys:
+            if key not in entry:
+                raise self.error(path, f"{what} lacks `{key}`")
+
+
+_FORM_NAMES = {str: "text", list: "a list of names", dict: "a table", Rows: "a list of tables", int: "a number"}
 
 
 def _read(path: Path) -> str:

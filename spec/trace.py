@@ -446,9 +446,7 @@ def _restore(name: str, value: Any) -> Any:
     if name in ("incarnation", "fact_incarnation"):
         return Incarnation(*value)
     if name == "contents":
-        return tuple(
-            {source: PageTag(tuple(tag[0]), *tag[1:]) for source, tag in page.items()} for page in value
-        )
+        return tuple({source: PageTag(tuple(tag[0]), *tag[1:]) for source, tag in page.items()} for page in value)
     return _tuples(value) if isinstance(value, list) else value
 
 

@@ -95,7 +95,9 @@ def intersect(candidates: Iterable[str], ready: Iterable[str]) -> tuple[str, ...
     return tuple(rid for rid in candidates if rid in here)
 
 
-def stage_decisions(profile: Profile, ring: Ring, queue: Sequence[str], failed: Mapping[str, str | None]) -> list[Decision]:
+def stage_decisions(
+    profile: Profile, ring: Ring, queue: Sequence[str], failed: Mapping[str, str | None]
+) -> list[Decision]:
     """What a later stage applies to its bootstrap queue, given stage 0's step and its own local failures."""
     rule = profile["pp_decision"]
     if rule == "rank0_by_request_id":

@@ -90,7 +90,20 @@ def outcome_is_failed(state: Any, detail: Any, profile: Profile) -> bool:
 @_guard
 def response_completes(state: Any, detail: Any, profile: Profile) -> bool:
     """Success from the k-th distinct prefill rank (PROTOCOL 4.2, D6); duplicates do not count."""
-    return (state.arrived | 1 << detail[0]).bit_count() >= state.expected > 0
+    return outcome_is_success(state, detail, profile) and (
+        (state.arrived | 1 << detail[0]).bit_count() >= state.expected > 0
+    )
+
+
+@_guard
+def outcome_is_success(state: Any, detail: Any, profile: Profile) -> bool:
+    return bool(detail[1] == "Success")
+
+
+@_guard
+def is_not_committed(state: Any, detail: Any, profile: Profile) -> bool:
+    """The room's pages have not been handed to the running request yet (that happens with Cleared)."""
+    return state.poll == "Success" and not state.cleared
 
 
 @_guard

@@ -112,12 +112,12 @@ class Machine:
     def _take(self, table: _Cells, state: Any, fact: str, detail: Any, place: int) -> tuple[Any, Orders]:
         cell = table.get((state[place], fact))
         if cell is None:
-            raise IllegalFact(self.role.name, str(state[place]), fact)
+            raise IllegalFact(self.role.name, str(state[0]), fact)
         for row in cell.rows:
             if all(GUARDS[guard](state, detail, self.profile) for guard in row.guards):
                 return _apply(row, state, fact, detail, place, row.to)
         if cell.illegal:
-            raise IllegalFact(self.role.name, str(state[place]), fact)
+            raise IllegalFact(self.role.name, str(state[0]), fact)
         return state, ()
 
     def _settle(self, state: Any, fact: str, detail: Any, orders: Orders) -> tuple[Any, Orders]:
@@ -163,11 +163,9 @@ class RoomMachine(Machine):
         kind, incarnation, detail = fact
         own, local = room
         if incarnation is not own and incarnation != own:
-            if local.poll == "Absent" and (not self._strict or incarnation.epoch == own.epoch):
-                own = incarnation
-                room = Room(own, local)
-            else:
+            if local.poll != "Absent" or (self._strict and incarnation.epoch != own.epoch):
                 return self._step_foreign(room, fact)
+            own = incarnation
         try:
             after, orders = self._memo[id(local)][kind, detail]
         except KeyError:
@@ -190,22 +188,28 @@ class RoomMachine(Machine):
         if not self._strict:
             if is_opening and room.local.owned:
                 after, actions = self.step_room(room, Fact("RivalOpened", room.incarnation, detail))
+                if any(action.kind == "RejectRequest" for action in actions):
+                    return room, _meant_for(incarnation, actions)
                 return Room(incarnation, after.local), actions
             return self.step_room(room, Fact(kind, room.incarnation, detail))
         if incarnation.epoch == room.incarnation.epoch and incarnation.attempt > room.incarnation.attempt:
-            if room.local.poll == "Retired":
-                return self.step_room(self.absent(incarnation), fact)
+            if room.local.poll in ("Retired", "Announced"):
+                after, actions = self.step_room(self.absent(incarnation), fact)
+                return (room if after.local.poll == "Absent" else after), actions
             if is_opening:
                 _, actions = self.step_room(room, Fact("RivalOpened", room.incarnation, detail))
-                return room, tuple([action._replace(incarnation=incarnation) for action in actions])
+                return room, _meant_for(incarnation, actions)
             return room, NO_ACTIONS
         answers = self.role.stale.get(kind, ())
-        return room, tuple([Action(name, incarnation, _argue(name, argument, kind, detail)) for name, argument in answers])
+        return room, tuple(
+            [Action(name, incarnation, _argue(name, argument, kind, detail)) for name, argument in answers]
+        )
 
     def _learn(self, local: Local, kind: str, detail: Any) -> tuple[Local, Orders | None]:
         """Take a step for the first time and remember it: the tables are pure, so once is enough."""
         if self._size >= MEMO_LIMIT:
             self._memo.clear()
+            self._interned.clear()
             self._size = 0
         local = self._interned.setdefault(local, local)
         try:
@@ -216,6 +220,10 @@ class RoomMachine(Machine):
         self._memo.setdefault(id(local), {})[kind, detail] = result
         self._size += 1
         return result
+
+
+def _meant_for(incarnation: Incarnation, actions: tuple[Action, ...]) -> tuple[Action, ...]:
+    return tuple([action._replace(incarnation=incarnation) for action in actions])
 
 
 class _Cell(NamedTuple):

@@ -106,4 +106,3 @@ class Machines:
         """The machine of a role that is not a room."""
         machine: Machine = getattr(self, role)
         return machine
-

@@ -71,8 +71,8 @@ def note_drain(state: Any, detail: Any) -> Any:
 
 @_update
 def note_death(state: Any, detail: Any) -> Any:
-    """A dead process writes nothing any more: everyone contacted has drained (ENGINES 4)."""
-    return state._replace(drained=state.contacted)
+    """A dead process writes nothing any more: its ranks have drained (ENGINES 4)."""
+    return state._replace(drained=state.drained | detail)
 
 
 @_update
@@ -102,6 +102,8 @@ def first_attempt(state: Any, detail: Any) -> Any:
 def enter_rank(state: Any, detail: Any) -> Any:
     """The newest process of a rank retires the endpoint of its predecessor."""
     rank, epoch, _ = detail
+    if any(name == rank and known > epoch for name, known in state.ranks):
+        return state._replace(puts=state.puts + 1)
     others = tuple(entry for entry in state.ranks if entry[0] != rank)
     return state._replace(ranks=tuple(sorted((*others, (rank, epoch)))), puts=state.puts + 1)
 
@@ -128,7 +130,7 @@ def resolve_by_answer(state: Any, detail: Any) -> Any:
 
 @_update
 def believe_epoch(state: Any, detail: Any) -> Any:
-    return state._replace(epoch=detail, misses=0)
+    return state._replace(epoch=max(detail, state.epoch or 0), misses=0)
 
 
 @_update

@@ -74,9 +74,7 @@ class Monitor:
                 raise TypeError(f"{cls.__name__}.{name} handles no event{nearest(name, _EVENT_OF_HANDLER)}")
         cls.handles = {_EVENT_OF_HANDLER[name]: name for name in names}
 
-    def __init__(
-        self, bounds: Bounds, report: Callable[[Violated], None], wake: Callable[[float], None]
-    ) -> None:
+    def __init__(self, bounds: Bounds, report: Callable[[Violated], None], wake: Callable[[float], None]) -> None:
         """report: takes each violation. wake: is told when ``due`` has become earlier."""
         self.bounds = bounds
         self._report = report

@@ -26,9 +26,7 @@ EPILOG = "Exit status: 0 holds, 1 violated, 2 bad input, 3 a defect of kvpoll, 1
 
 def parser() -> Parser:
     """All verbs and their options."""
-    top = Parser(
-        prog="kvpoll", description="The prefill/decode KV-transfer protocol under test.", epilog=EPILOG
-    )
+    top = Parser(prog="kvpoll", description="The prefill/decode KV-transfer protocol under test.", epilog=EPILOG)
     top.add_argument("--version", action="version", version=f"kvpoll {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     for command in (listing, reproduce, run, replay, report, demo, diagram):
@@ -60,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _act(words: list[str]) -> int:
     if words[:1] == ["bench"]:  # has options of its own
         return int(import_module("kvpoll.bench").main(words[1:]) or 0)
+    if not words:
+        parser().print_help(sys.stderr)
+        return BAD_INPUT
     arguments = read(words)
     return int(arguments.act(arguments, Screen()))
 
@@ -71,9 +72,7 @@ def read(words: Sequence[str]) -> argparse.Namespace:
         verb: argparse.ArgumentParser = arguments.parser
         if not rest[0].startswith("-"):
             raise BadInput(f"{verb.prog} does not know what to do with {rest[0]!r}; see `{verb.prog} --help`")
-        options = [
-            option for action in verb._actions for option in action.option_strings if option.startswith("--")
-        ]
+        options = [option for action in verb._actions for option in action.option_strings if option.startswith("--")]
         given = rest[0].partition("=")[0]
         raise BadInput(f"{verb.prog} has no option {given!r}{nearest(given, options)}")
     return arguments

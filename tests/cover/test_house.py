@@ -157,9 +157,7 @@ def long_functions(path: PurePosixPath, text: str) -> list[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             if lines > FUNCTION_LINES_MAX:
-                complaints.append(
-                    f"{path}:{node.lineno}: {node.name} has {lines} lines, over {FUNCTION_LINES_MAX}"
-                )
+                complaints.append(f"{path}:{node.lineno}: {node.name} has {lines} lines, over {FUNCTION_LINES_MAX}")
     return complaints
 
 
@@ -408,9 +406,7 @@ def test_a_leftover_marker_is_named(marker: str) -> None:
     assert leftover_markers(PurePosixPath("sim/a.py"), f"{marker}S = 1\n") == []
 
 
-@pytest.mark.parametrize(
-    "path", ["sim/utils.py", "runtime/common/tcp.py", "tests/cover/helpers.py", "spec/base.py"]
-)
+@pytest.mark.parametrize("path", ["sim/utils.py", "runtime/common/tcp.py", "tests/cover/helpers.py", "spec/base.py"])
 def test_an_empty_name_is_named(path: str) -> None:
     assert len(empty_name(PurePosixPath(path), "")) == 1
     assert empty_name(PurePosixPath("sim/baseline.py"), "") == []
@@ -470,9 +466,7 @@ def test_a_broken_link_is_named(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "two words.md").touch()
     page = tmp_path / "docs" / "page.md"
-    good = (
-        '[a](two%20words.md#x "title") [b](#here) [c](https://example.org/x) [d](/docs/page.md) `[e](gone)`\n'
-    )
+    good = '[a](two%20words.md#x "title") [b](#here) [c](https://example.org/x) [d](/docs/page.md) `[e](gone)`\n'
     page.write_text(good + "```\n[f](gone)\n```\n", encoding="utf-8")
     assert broken_links(tmp_path, page) == []
 

@@ -132,9 +132,7 @@ def test_a_room_that_nobody_opens_becomes_a_tombstone() -> None:
 def test_abort_drains_before_release_and_before_the_acknowledgement() -> None:
     """An acknowledgement means that no write runs and none will start (B32, sglang#24527)."""
     story = sending(writes=2)
-    story.hears(
-        "PeerAborted", 0, STOP_TIMERS, poll="Failed", lease="Draining", asked=1, cause="aborted_by_decode"
-    )
+    story.hears("PeerAborted", 0, STOP_TIMERS, poll="Failed", lease="Draining", asked=1, cause="aborted_by_decode")
     story.hears("WriteCompleted", outstanding=1)
     story.hears("WriteCompleted", None, "ReleasePages AcknowledgeAbort", outstanding=0, lease="Released")
     story.hears("PeerAborted", 0, "AcknowledgeAbort(0)")  # asked again, answered at once
@@ -156,9 +154,7 @@ def test_an_abort_on_prefill_reaches_decode() -> None:
     orders = f"{STOP_TIMERS} NotifyDecode(Failed) ReleasePages"
     story.hears("AbortRequested", "client_left", orders, poll="Failed", lease="Released", cause="client_left")
     story.hears("AbortRequested", "once_more")  # the first cause is the one that is told
-    story.hears(
-        "DestinationRegistered", (0, 1), "AnswerDecode(('Failed', 0))", arrived=1
-    )  # a late joiner (A18)
+    story.hears("DestinationRegistered", (0, 1), "AnswerDecode(('Failed', 0))", arrived=1)  # a late joiner (A18)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +163,7 @@ def test_an_abort_on_prefill_reaches_decode() -> None:
 )
 def test_a_sender_has_a_bound_in_every_phase(timer: str, posted: bool, cause: str) -> None:
     story = sending() if posted else opened_sender()
-    story.hears(
-        "DeadlineReached", "bootstrap" if posted else "transfer"
-    )  # a timer of another phase, too late
+    story.hears("DeadlineReached", "bootstrap" if posted else "transfer")  # a timer of another phase, too late
     orders = "NotifyDecode(Failed)" + ("" if posted else " ReleasePages")
     story.hears(
         "DeadlineReached",
@@ -257,17 +251,13 @@ def test_facts_for_a_former_life_of_the_process_change_nothing() -> None:
 def test_a_dp_conflict_is_told_at_once() -> None:
     story = opened_sender()
     before = story.room
-    room, actions = story.machine.step_room(
-        before, Fact("DpConflictFound", FIRST, "dp rank 1, decode asks 0")
-    )
+    room, actions = story.machine.step_room(before, Fact("DpConflictFound", FIRST, "dp rank 1, decode asks 0"))
     assert (room.local.poll, room.local.lease, room.local.cause) == (
         "Failed",
         "Released",
         "dp rank 1, decode asks 0",
     )
-    assert (
-        Action("ReleasePages", FIRST) in actions and Action("CancelDeadline", FIRST, "bootstrap") in actions
-    )
+    assert Action("ReleasePages", FIRST) in actions and Action("CancelDeadline", FIRST, "bootstrap") in actions
 
 
 def test_the_outcome_is_sent_again_when_the_link_is_back() -> None:
@@ -299,9 +289,7 @@ def test_illegal_facts_move_nothing() -> None:
         story.refuses(kind, detail)
     complete = "CancelDeadline(bootstrap) ArmDeadline(transfer)"
     story.hears("DestinationRegistered", (0, 1), complete, poll="WaitingForInput", arrived=1)
-    story.refuses(
-        "WritePosted", True
-    )  # no source pages are in use: the lease says no although the poll says yes
+    story.refuses("WritePosted", True)  # no source pages are in use: the lease says no although the poll says yes
     story.hears("PagesReserved", lease="Reserved")
     story.hears("WritePosted", True, poll="Transferring", lease="Exposed", outstanding=1, last=True)
 
@@ -381,9 +369,7 @@ def waiting_receiver(machines: Machines = REFERENCE, ranks: int = 0b11) -> Story
     story = Story(machines.receiver)
     armed = machines.profile["decode_bootstrap_deadline"] == "armed"
     count = ranks.bit_count()
-    story.hears(
-        "RequestOpened", None, "ArmDeadline(bootstrap)" if armed else "", poll="Bootstrapping", owned=True
-    )
+    story.hears("RequestOpened", None, "ArmDeadline(bootstrap)" if armed else "", poll="Bootstrapping", owned=True)
     story.hears("RoutesResolved", (ranks, count), contacted=ranks, expected=count)
     orders = "CancelDeadline(bootstrap) ArmDeadline(admission)" if armed else ""
     story.hears("SetupFinished", None, orders, poll="WaitingForInput")
@@ -475,9 +461,7 @@ def test_a_failed_set_up_stays_failed() -> None:
     story = Story(REFERENCE.receiver)
     story.hears("RequestOpened", None, "ArmDeadline(bootstrap)", poll="Bootstrapping", owned=True)
     story.hears("SetupFinished")  # no routes yet: nothing happens
-    story.hears(
-        "RouteUnavailable", "no_endpoint", "CancelDeadline(bootstrap)", poll="Failed", cause="no_endpoint"
-    )
+    story.hears("RouteUnavailable", "no_endpoint", "CancelDeadline(bootstrap)", poll="Failed", cause="no_endpoint")
     story.hears("SetupFinished")
     story.hears("Cleared", None, "ArmDeadline(tombstone)", poll="Retired")
 
@@ -543,9 +527,7 @@ def test_before_24772_the_end_of_set_up_overwrites_a_failure() -> None:
     machines = Machines(PROTOCOL, PROTOCOL.profile("before-sglang-24772"))
     story = Story(machines.receiver)
     story.hears("RequestOpened", poll="Bootstrapping", owned=True)
-    story.hears(
-        "RouteUnavailable", "no_endpoint", "CancelDeadline(bootstrap)", poll="Failed", cause="no_endpoint"
-    )
+    story.hears("RouteUnavailable", "no_endpoint", "CancelDeadline(bootstrap)", poll="Failed", cause="no_endpoint")
     story.hears("SetupFinished", poll="WaitingForInput")
     story.hears("PagesReserved", lease="Reserved")
     story.refuses("MetadataSent")
@@ -593,9 +575,7 @@ def test_orders_alone_do_not_make_a_new_room() -> None:
 
 
 def test_an_absent_room_takes_the_identity_of_its_first_fact() -> None:
-    room, actions = REFERENCE.sender.step_room(
-        REFERENCE.sender.absent(FIRST), Fact("RequestOpened", SECOND, 1)
-    )
+    room, actions = REFERENCE.sender.step_room(REFERENCE.sender.absent(FIRST), Fact("RequestOpened", SECOND, 1))
     assert room.incarnation == SECOND and room.local.poll == "Bootstrapping"
     assert actions == (Action("ArmDeadline", SECOND, "bootstrap"),)
 

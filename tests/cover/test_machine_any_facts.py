@@ -79,9 +79,7 @@ DETAILS: dict[str, dict[str, list[Any]]] = {
 def courses(role: str) -> st.SearchStrategy[list[tuple[str, Any]]]:
     """The undisturbed course up to some point, then any facts, with the rest of the course among them."""
     details = DETAILS[role]
-    facts = [
-        (fact, detail) for fact in PROTOCOL.roles[role].table.facts for detail in details.get(fact, [None])
-    ]
+    facts = [(fact, detail) for fact in PROTOCOL.roles[role].table.facts for detail in details.get(fact, [None])]
     begun = st.integers(0, len(COURSE[role])).map(lambda length: [ADVANCE] * length)
     disturbed = st.lists(st.sampled_from([ADVANCE, *facts]), max_size=12)
     return st.tuples(begun, disturbed).map(lambda parts: [*parts[0], *parts[1]])
@@ -147,9 +145,7 @@ PROPERTIES: list[tuple[str, Property]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("role", "holds"), PROPERTIES, ids=[f"{role}-{held.__name__}" for role, held in PROPERTIES]
-)
+@pytest.mark.parametrize(("role", "holds"), PROPERTIES, ids=[f"{role}-{held.__name__}" for role, held in PROPERTIES])
 def test_under_the_reference_no_sequence_of_facts_breaks_it(role: str, holds: Property) -> None:
     machine: RoomMachine = getattr(REFERENCE, role)
 

@@ -35,9 +35,7 @@ def refuse(machines: Machines, role: str, state: Any, fact: str, detail: Any = N
 
 
 def failing_registration(last: str, orders: str) -> list[tuple[str, Any, Any, str]]:
-    steps: list[tuple[str, Any, Any, str]] = [
-        ("Started", None, Registration("Registering", 1), "SendRegistration")
-    ]
+    steps: list[tuple[str, Any, Any, str]] = [("Started", None, Registration("Registering", 1), "SendRegistration")]
     for attempt in range(1, 5):
         steps.append(("RegistrationFailed", None, Registration("Registering", attempt), "ArmRetry"))
         steps.append(("RetryDue", None, Registration("Registering", attempt + 1), "SendRegistration"))
@@ -158,9 +156,7 @@ def test_a_peer_is_suspected_after_misses_and_dead_when_its_epoch_changes() -> N
 
 
 def test_sglang_does_not_notice_that_a_peer_was_restarted() -> None:
-    tell(
-        SGLANG, "peer", ("ProbeAnswered", 0, Peer("Alive", 0), ""), ("ProbeAnswered", 1, Peer("Alive", 1), "")
-    )
+    tell(SGLANG, "peer", ("ProbeAnswered", 0, Peer("Alive", 0), ""), ("ProbeAnswered", 1, Peer("Alive", 1), ""))
 
 
 def test_a_request_walks_through_the_queues_of_prefill() -> None:

@@ -67,9 +67,7 @@ class Scribe:
             )
         )
 
-    def message(
-        self, t: float, node: str, to: str, kind: str, took_s: float = 0.002, lost: bool = False
-    ) -> None:
+    def message(self, t: float, node: str, to: str, kind: str, took_s: float = 0.002, lost: bool = False) -> None:
         serial = next(self._serial)
         self.add(trace.Sent(t, node, to, kind, self.who, serial))
         ending = trace.Lost if lost else trace.Delivered
@@ -92,9 +90,7 @@ class Scribe:
         return sorted(self.events, key=lambda event: event.t)
 
 
-def happy(
-    prefill: tuple[str, ...] = ("P0",), decode: tuple[str, ...] = ("D0",), setup: bool = True
-) -> Scribe:
+def happy(prefill: tuple[str, ...] = ("P0",), decode: tuple[str, ...] = ("D0",), setup: bool = True) -> Scribe:
     """One request from admission to retirement, with nothing going wrong."""
     s = Scribe()
     nodes = (*prefill, *decode)
@@ -119,9 +115,7 @@ def happy(
     for place, rank in enumerate(prefill):
         skew = place * 0.05
         s.step(0.120, rank, "DestinationRegistered", "WaitingForInput", "Reserved")
-        s.add(
-            trace.Queued(0.122, rank, QUEUE, "req-1", -1), trace.Decided(0.122, rank, "pp", "req-1", "admit")
-        )
+        s.add(trace.Queued(0.122, rank, QUEUE, "req-1", -1), trace.Decided(0.122, rank, "pp", "req-1", "admit"))
         s.add(trace.CollectiveEntered(0.121, rank, "P0", 1, "min", 1))
         for chunk, begin in ((0, 0.25), (1, 0.40)):
             t = begin + skew

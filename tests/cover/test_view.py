@@ -151,7 +151,7 @@ def test_an_illegal_fact_raises_the_same_error_and_moves_nothing() -> None:
             illegal()
         assert (view.state, view.local, view.actions) == ("Bootstrapping", before, ())
     view.offer("DestinationRegistered", (0, 1))
-    with pytest.raises(IllegalFact, match=r"^WritePosted is illegal for a sender in Unreserved$"):
+    with pytest.raises(IllegalFact, match=r"^WritePosted is illegal for a sender in Transferring$"):
         view.offer("WritePosted", True)  # the poll would allow it, the lease does not
     assert view.state == view.local.poll == "WaitingForInput"
     assert seen == ["RequestOpened", "DestinationRegistered"]
@@ -244,10 +244,7 @@ def test_a_fact_without_rows_under_this_profile_is_known_all_the_same() -> None:
 def test_wrong_names_are_named() -> None:
     with pytest.raises(BadInput) as wrong:
         as_transitions(SENDER, REFERENCE, on_enter_Fialed=print)
-    assert (
-        str(wrong.value)
-        == "role 'sender' has no callback 'on_enter_Fialed' (did you mean 'on_enter_Failed'?)"
-    )
+    assert str(wrong.value) == "role 'sender' has no callback 'on_enter_Fialed' (did you mean 'on_enter_Failed'?)"
     with pytest.raises(BadInput) as wrong:
         as_transitions(SENDER, REFERENCE).offer("WritePost")
     assert str(wrong.value) == "role 'sender' has no fact 'WritePost' (did you mean 'WritePosted'?)"

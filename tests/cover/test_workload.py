@@ -16,9 +16,7 @@ from kvpoll.sim.workload import Arrival, Fixed, Lengths, Lognormal, Table, Workl
 
 PROJECT = Path(__file__).resolve().parents[2]
 TRACE = PROJECT.parent / "shared" / "traces" / "mooncake_conversation.jsonl"
-needs_trace = pytest.mark.skipif(
-    not TRACE.exists(), reason="the recorded hour does not lie beside the project"
-)
+needs_trace = pytest.mark.skipif(not TRACE.exists(), reason="the recorded hour does not lie beside the project")
 
 
 def row(timestamp: int = 0, **changes: Any) -> str:
@@ -73,8 +71,7 @@ BLOCK_LIST = "hash_ids is not a list of integers from 0 up; write one block id f
         ("[3]", "a JSON object is needed, this is [3]; write one {...} a line"),
         (
             row(output_length=None),
-            "key 'output_length' is missing; "
-            "every line needs timestamp, input_length, output_length, hash_ids",
+            "key 'output_length' is missing; every line needs timestamp, input_length, output_length, hash_ids",
         ),
         (row(input_length=None, input_len=600), "unknown key \"input_len\"; rename it to 'input_length'"),
         (row(priority=1), 'unknown key "priority"; remove it'),
@@ -99,9 +96,7 @@ BLOCK_LIST = "hash_ids is not a list of integers from 0 up; write one block id f
         (row(2999), "timestamp 2999 is before 3000 of the line above; sort by timestamp"),
     ],
 )
-def test_a_damaged_line_is_named_with_cause_and_mend(
-    tmp_path: Path, line: str | bytes, cause_and_mend: str
-) -> None:
+def test_a_damaged_line_is_named_with_cause_and_mend(tmp_path: Path, line: str | bytes, cause_and_mend: str) -> None:
     assert complaint(tmp_path, row(0), row(3000), line, row(9000)) == f"trace.jsonl:3: {cause_and_mend}"
 
 
@@ -151,9 +146,7 @@ def test_periodic_bursts_come_at_the_end_of_each_period() -> None:
 
 
 def test_random_bursts_leave_a_quiet_stream_between_them() -> None:
-    arrivals = workload.bursts(
-        random.Random(3), 1.0, 50.0, 1.0, 20.0, 4000.0, workload.fixed(1, 1), periodic=False
-    )
+    arrivals = workload.bursts(random.Random(3), 1.0, 50.0, 1.0, 20.0, 4000.0, workload.fixed(1, 1), periodic=False)
     times = [arrival.t for arrival in arrivals]
     assert times == sorted(times)
     assert times[-1] < 4000.0
@@ -393,9 +386,7 @@ def test_a_trace_too_short_to_fit_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "model.toml").exists()
 
 
-def test_the_report_writes_a_model_a_figure_and_a_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_writes_a_model_a_figure_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     rng = random.Random(9)
     times_ms = sorted(rng.randrange(600_000) for _ in range(600))

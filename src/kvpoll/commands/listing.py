@@ -22,9 +22,7 @@ Entry = dict[str, Any]
 def add(verbs: Verbs) -> None:
     """Declare the verb."""
     parser = add_verb(verbs, "list", "Show scenarios, profiles, invariants, faults and rules.", act)
-    parser.add_argument(
-        "sections", nargs="*", metavar="SECTION", help=f"any of {', '.join(SECTIONS)} (default: all)"
-    )
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"any of {', '.join(SECTIONS)} (default: all)")
     add_profile(parser, "reference", "whose values `rules` shows (default reference)")
     add_spec(parser)
 

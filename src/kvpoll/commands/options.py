@@ -22,15 +22,9 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            what = (
-                "verb"
-                if action.dest == "verb"
-                else action.option_strings[0]
-                if action.option_strings
-                else action.dest
-            )
+            what = "".join(action.option_strings[:1]) or action.dest
             names = [str(choice) for choice in action.choices]
-            raise BadInput(f"{what}: unknown {value!r}{nearest(value, names)}")
+            raise BadInput(f"unknown {what} {value!r}{nearest(value, names)}")
 
 
 def add_verb(verbs: Verbs, name: str, says: str, act: Any, more: str = "") -> argparse.ArgumentParser:
@@ -43,9 +37,7 @@ def add_verb(verbs: Verbs, name: str, says: str, act: Any, more: str = "") -> ar
 
 def add_spec(parser: argparse.ArgumentParser) -> None:
     """--spec FILE"""
-    parser.add_argument(
-        "--spec", metavar="FILE", help="another kvpoll.toml than the one that comes with kvpoll"
-    )
+    parser.add_argument("--spec", metavar="FILE", help="another kvpoll.toml than the one that comes with kvpoll")
 
 
 def add_profile(parser: argparse.ArgumentParser, default: str | None, says: str) -> None:

@@ -119,8 +119,7 @@ class Prepared:
 def draw_digest(faults: Iterable[Fault]) -> str:
     """Eight hex digits that tell two fault schedules apart."""
     drawn = [
-        (fault.kind.name, fault.target, fault.at_s, fault.for_s, sorted(fault.parameters.items()))
-        for fault in faults
+        (fault.kind.name, fault.target, fault.at_s, fault.for_s, sorted(fault.parameters.items())) for fault in faults
     ]
     return hashlib.sha256(repr(drawn).encode()).hexdigest()[:8]
 
@@ -134,9 +133,7 @@ def prepare(plan: Plan) -> Prepared:
         scenario = dataclasses.replace(scenario, timing=timing)
     profile = _profile(plan, protocol, scenario)
     arrivals = None if plan.trace is None else read_mooncake(Path(plan.trace), scenario.timing.hostile_s)
-    return Prepared(
-        plan, protocol, scenario, profile, _expectation(plan, protocol, scenario, profile), arrivals
-    )
+    return Prepared(plan, protocol, scenario, profile, _expectation(plan, protocol, scenario, profile), arrivals)
 
 
 def read_spec(path: str | None) -> Protocol:
@@ -184,9 +181,7 @@ def _number(text: str, rule: Rule, value: str) -> Value:
     except ValueError:
         number = -1.0
     if not 0 <= number < float("inf"):
-        raise BadInput(
-            f"--set {text}: rule {rule.name!r} is a number of {rule.unit} and not negative, got {value!r}"
-        )
+        raise BadInput(f"--set {text}: rule {rule.name!r} is a number of {rule.unit} and not negative, got {value!r}")
     return int(number) if number.is_integer() else number
 
 

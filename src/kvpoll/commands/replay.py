@@ -53,9 +53,7 @@ class Comparison(io.TextIOBase):
         self.lines += 1
         recorded = self._recorded.readline()
         if recorded != repeated:
-            self.first = Difference(
-                self.lines, recorded.rstrip("\n") if recorded else None, repeated.rstrip("\n")
-            )
+            self.first = Difference(self.lines, recorded.rstrip("\n") if recorded else None, repeated.rstrip("\n"))
 
     def finish(self) -> Difference | None:
         """The first difference, now that the run has ended: has the recording ended too?"""
@@ -84,9 +82,7 @@ def act(arguments: argparse.Namespace, screen: Screen) -> int:
         header = read_header(_first_line(file, path), f"{path}:1")
         line = header.get("repeat")
         if not isinstance(line, str) or not line:
-            raise BadInput(
-                f"{path}:1: the header has no line to repeat; only what kvpoll recorded can be replayed"
-            )
+            raise BadInput(f"{path}:1: the header has no line to repeat; only what kvpoll recorded can be replayed")
         file.seek(0)
         comparison = Comparison(file)
         outcome = _repeat(line, f"{path}:1", cast(IO[str], comparison), screen)
@@ -106,9 +102,7 @@ def _open(path: Path) -> IO[str]:
     try:
         return path.open(encoding="utf-8", newline="\n")
     except OSError as error:
-        raise BadInput(
-            f"{path}: cannot be read: {error.strerror}; give a recorded trace or a quoted line"
-        ) from None
+        raise BadInput(f"{path}: cannot be read: {error.strerror}; give a recorded trace or a quoted line") from None
 
 
 def _first_line(file: IO[str], path: Path) -> str:

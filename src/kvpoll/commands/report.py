@@ -15,9 +15,7 @@ from kvpoll.spec.source import BadInput
 def add(verbs: Verbs) -> None:
     """Declare the verb."""
     parser = add_verb(verbs, "report", "Draw every race, before and after its repair.", act)
-    parser.add_argument(
-        "--out", metavar="DIR", default="reports/figures", help="folder (default reports/figures)"
-    )
+    parser.add_argument("--out", metavar="DIR", default="reports/figures", help="folder (default reports/figures)")
 
 
 def act(arguments: argparse.Namespace, screen: Screen) -> int:
@@ -28,12 +26,10 @@ def act(arguments: argparse.Namespace, screen: Screen) -> int:
         if "matplotlib" not in str(error):
             raise
         raise BadInput("figures need matplotlib, which is missing: pip install 'kvpoll[reports]'") from None
-    with screen.progress("drawing") as advance:
-        paths = races.draw_all(Path(arguments.out), advance)
+    with screen.status("drawing") as tell:
+        paths = races.draw_all(Path(arguments.out), tell)
     if arguments.json:
-        screen.json(
-            {"figures": [str(path) for path in paths], "repeat": f"kvpoll report --out {arguments.out}"}
-        )
+        screen.json({"figures": [str(path) for path in paths], "repeat": f"kvpoll report --out {arguments.out}"})
         return HOLDS
     for path in paths:
         screen.say(str(path))

@@ -37,9 +37,7 @@ class Row(NamedTuple):
 def add(verbs: Verbs) -> None:
     """Declare the verb."""
     says = "Run known races and say which invariants break under which profile."
-    parser = add_verb(
-        verbs, "reproduce", says, act, "Exit status 0 when every row is exactly as its scenario says."
-    )
+    parser = add_verb(verbs, "reproduce", says, act, "Exit status 0 when every row is exactly as its scenario says.")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="scenarios, by name or path (default: all known races)"
     )
@@ -83,9 +81,7 @@ def choose(names: Sequence[str], profile: str | None, spec: str | None) -> list[
         known = {plan.profile for plan in chosen}
         chosen = [plan for plan in chosen if plan.profile == profile]
         if not chosen:
-            raise BadInput(
-                f"--profile: none of these scenarios speaks of {profile!r}{nearest(profile, known)}"
-            )
+            raise BadInput(f"--profile: none of these scenarios speaks of {profile!r}{nearest(profile, known)}")
     return [prepare(plan) for plan in chosen]
 
 
@@ -98,9 +94,7 @@ def _races(protocol: Protocol) -> list[str]:
 def _plans(name: str, protocol: Protocol, spec: str | None) -> list[Plan]:
     scenario = load_scenario(find(name), protocol)
     if not scenario.expectations:
-        raise BadInput(
-            f"{scenario.path}: says of no profile what must come of it; add [[expect]], or use `kvpoll run`"
-        )
+        raise BadInput(f"{scenario.path}: says of no profile what must come of it; add [[expect]], or use `kvpoll run`")
     # What a file says is true of the faults that it lists, so `main`, too, runs here without drawn ones.
     return [Plan(name, said.label, faults="scenario", spec=spec) for said in scenario.expectations]
 
@@ -120,11 +114,7 @@ def play(chosen: Sequence[Prepared], seed: int, folder: Path | None, advance: Ad
 
 def _one(prepared: Prepared, seed: int, folder: Path | None) -> Outcome:
     with contextlib.ExitStack() as stack:
-        file = (
-            None
-            if folder is None
-            else stack.enter_context(open_to_write(folder / _file_name(prepared, seed)))
-        )
+        file = None if folder is None else stack.enter_context(open_to_write(folder / _file_name(prepared, seed)))
         return prepared.run(seed, trace=file, progress=lambda done, whole: None)()
 
 

@@ -31,19 +31,11 @@ from kvpoll.spec.source import BadInput
 
 def add(verbs: Verbs) -> None:
     """Declare the verb."""
-    parser = add_verb(
-        verbs, "run", "Run a scenario and say what broke, what failed and how fast it went.", act
-    )
+    parser = add_verb(verbs, "run", "Run a scenario and say what broke, what failed and how fast it went.", act)
     add_arguments(parser)
-    parser.add_argument(
-        "--record", metavar="FILE", help="write the trace, one JSON object a line (one seed only)"
-    )
-    parser.add_argument(
-        "--seeds", metavar="N", type=counted, help="run N seeds, from --seed on, in several processes"
-    )
-    parser.add_argument(
-        "--jobs", metavar="J", type=counted, help="processes for --seeds (default: one for each core)"
-    )
+    parser.add_argument("--record", metavar="FILE", help="write the trace, one JSON object a line (one seed only)")
+    parser.add_argument("--seeds", metavar="N", type=counted, help="run N seeds, from --seed on, in several processes")
+    parser.add_argument("--jobs", metavar="J", type=counted, help="processes for --seeds (default: one for each core)")
     parser.add_argument(
         "--out", metavar="DIR", help="with --seeds: append to DIR/results.jsonl, and skip what is there"
     )
@@ -51,14 +43,10 @@ def add(verbs: Verbs) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that decide what a run does; a line that repeats a run has no others."""
-    parser.add_argument(
-        "scenario", nargs="?", default=MAIN, metavar="SCENARIO", help=f"name or path (default {MAIN})"
-    )
+    parser.add_argument("scenario", nargs="?", default=MAIN, metavar="SCENARIO", help=f"name or path (default {MAIN})")
     add_profile(parser, "reference", "a profile, or what the scenario calls one (default reference)")
     add_seed(parser)
-    parser.add_argument(
-        "--trace", metavar="FILE", help="replay the requests of this trace in the Mooncake format"
-    )
+    parser.add_argument("--trace", metavar="FILE", help="replay the requests of this trace in the Mooncake format")
     parser.add_argument("--minutes", metavar="N", type=lasting, help=f"how much of the workload ({MAIN}: 10)")
     parser.add_argument(
         "--faults",
@@ -113,9 +101,7 @@ def play(prepared: Prepared, seed: int, record: Path | None, screen: Screen) -> 
     """Run one seed, with progress on a terminal. A trace is readable even when the run was interrupted."""
     with contextlib.ExitStack() as stack:
         file = None if record is None else stack.enter_context(open_to_write(record))
-        advance = stack.enter_context(
-            screen.progress(f"{prepared.scenario.name}, seed {seed}", " simulated s")
-        )
+        advance = stack.enter_context(screen.progress(f"{prepared.scenario.name}, seed {seed}", " simulated s"))
         return prepared.run(seed, trace=file, progress=advance)()
 
 
@@ -149,9 +135,7 @@ def _show_faults(outcome: Outcome, screen: Screen) -> None:
         screen.say("no faults")
         return
     columns = ["fault", "target", "at", "for", "with", "fired"]
-    screen.table(
-        columns, [_fault_cells(fault, outcome) for fault in by_time(outcome.faults)], right=["at", "for"]
-    )
+    screen.table(columns, [_fault_cells(fault, outcome) for fault in by_time(outcome.faults)], right=["at", "for"])
     screen.say()
 
 
@@ -176,16 +160,12 @@ def _show_requests(outcome: Outcome, screen: Screen) -> None:
     failed = sum(outcome.causes.values())
     unanswered = outcome.requests - outcome.succeeded - failed
     rest = f", {unanswered:,} unanswered" if unanswered else ""
-    screen.say(
-        f"{plural(outcome.requests, 'request')}: {outcome.succeeded:,} succeeded, {failed:,} failed{rest}"
-    )
+    screen.say(f"{plural(outcome.requests, 'request')}: {outcome.succeeded:,} succeeded, {failed:,} failed{rest}")
     if outcome.causes:
         rows = [[cause, f"{count:,}"] for cause, count in by_count(outcome.causes).items()]
         screen.table(["first cause of failure", "requests"], rows, right=["requests"])
     found = percentiles(outcome.ttft_s)
-    screen.say(
-        "time to first token: " + ", ".join(f"{name} {seconds(value)}" for name, value in found.items())
-    )
+    screen.say("time to first token: " + ", ".join(f"{name} {seconds(value)}" for name, value in found.items()))
     screen.say()
 
 
@@ -204,9 +184,7 @@ def _show_marks(outcome: Outcome, screen: Screen) -> None:
 
 def _show_verdict(outcome: Outcome, said: Expectation | None, screen: Screen) -> None:
     if outcome.interrupted:
-        screen.say(
-            f"interrupted after {outcome.simulated_s:,.1f} simulated s; what follows is of that part", "bold"
-        )
+        screen.say(f"interrupted after {outcome.simulated_s:,.1f} simulated s; what follows is of that part", "bold")
     if outcome.holds:
         screen.say("holds: no invariant broke", "green")
     else:
@@ -215,11 +193,7 @@ def _show_verdict(outcome: Outcome, said: Expectation | None, screen: Screen) ->
         screen.table(columns, _violation_rows(outcome), right=["first at", "times"])
     if said is not None and not outcome.interrupted:
         surprises = deviations(outcome, said)
-        told = (
-            f"NOT as expected: {'; '.join(surprises)}"
-            if surprises
-            else f"exactly as {outcome.scenario} expects"
-        )
+        told = f"NOT as expected: {'; '.join(surprises)}" if surprises else f"exactly as {outcome.scenario} expects"
         screen.prose(told)
 
 

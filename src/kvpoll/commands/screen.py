@@ -102,6 +102,15 @@ class Screen:
                 state=f"{min(done, whole):,.0f} of {whole:,.0f}{unit}",
             )
 
+    @contextlib.contextmanager
+    def status(self, label: str) -> Iterator[Callable[[str], None]]:
+        """What is being done, on standard error of a terminal. Yields what changes the text."""
+        if not self.err.is_terminal:
+            yield lambda text: None
+            return
+        with self.err.status(Text(label)) as spinner:
+            yield lambda text: spinner.update(Text(text))
+
 
 def _plain(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> str:
     """Columns two blanks apart, as wide as they must be."""
@@ -117,14 +126,10 @@ def _plain(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
     return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
-def _rich(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], line: str | None
-) -> Table:
+def _rich(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], line: str | None) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in columns:
-        table.add_column(
-            name, justify="right" if name in right else "left", no_wrap=name == line or name in right
-        )
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=name == line or name in right)
     for row in rows:
         table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
     return table

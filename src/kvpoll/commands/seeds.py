@@ -112,9 +112,7 @@ class Results:
                 record = json.loads(line)
                 seed, identity = record["seed"], record["run"]
             except (ValueError, KeyError, TypeError):
-                raise BadInput(
-                    f"{path}:{number}: not a result of `kvpoll run --seeds`; choose another --out"
-                ) from None
+                raise BadInput(f"{path}:{number}: not a result of `kvpoll run --seeds`; choose another --out") from None
             if identity != self.identity:
                 cause = f"is of another run ({record.get('repeat')}), or spec or scenario have changed since"
                 raise BadInput(f"{path}:{number}: this result {cause}; choose another --out")
@@ -312,9 +310,7 @@ def _show(records: Sequence[Record], wanted: int, interrupted: bool, screen: Scr
     middle, worst = seconds(ttft["median_p50"]), seconds(ttft["worst_p99"])
     screen.say(f"time to first token: median p50 {middle}, worst p99 {worst}")
     per_s, ratio = found["events"] / wall_s, found["simulated_s"] / wall_s
-    screen.say(
-        f"{found['events']:,} events, {per_s:,.0f} events/s and {ratio:,.0f} times real time on one core"
-    )
+    screen.say(f"{found['events']:,} events, {per_s:,.0f} events/s and {ratio:,.0f} times real time on one core")
     screen.say()
     for name, seeds in found["broken"].items():
         screen.prose(f"{name} broke in {plural(len(seeds), 'seed')}: {', '.join(map(str, seeds))}")

@@ -60,9 +60,7 @@ def in_order(outcome: Outcome, said: Expectation | None) -> tuple[list[str], lis
 def as_object(outcome: Outcome, said: Expectation | None) -> dict[str, Any]:
     """An outcome as one JSON object. Wall-clock times apart, the same seed gives the same object."""
     judged = (
-        {}
-        if said is None
-        else {"as_expected": not deviations(outcome, said), "deviations": deviations(outcome, said)}
+        {} if said is None else {"as_expected": not deviations(outcome, said), "deviations": deviations(outcome, said)}
     )
     return {
         "scenario": outcome.scenario,

@@ -64,9 +64,7 @@ def step(
 ) -> trace.Stepped:
     role = "receiver" if node.startswith("D") else "sender"
     own = incarnation(pair, epoch)
-    return trace.Stepped(
-        t, node, role, own, fact, meant or own, detail, before, after, *leases, cause, actions
-    )
+    return trace.Stepped(t, node, role, own, fact, meant or own, detail, before, after, *leases, cause, actions)
 
 
 def opened(t: float, node: str, pair: Pair = A, before: str = "Absent") -> trace.Stepped:
@@ -143,9 +141,7 @@ def posted(
     chunk: int = 0,
     node: str = "P0",
 ) -> trace.WritePosted:
-    return trace.WritePosted(
-        t, node, write, incarnation(pair), "D0", chunk, row is not None, source, target, row
-    )
+    return trace.WritePosted(t, node, write, incarnation(pair), "D0", chunk, row is not None, source, target, row)
 
 
 def landed(t: float, write: int, pair: Pair, *pages: int) -> trace.WriteLanded:

@@ -18,9 +18,7 @@ from kvpoll.spec.invariants import INVARIANTS, judge
 SHELVES = (stories_memory, stories_rooms, stories_ranks, stories_liveness, stories_leaks)
 STORIES = {ident: stories for shelf in SHELVES for ident, stories in shelf.STORIES.items()}
 ALL = [
-    pytest.param(ident, story, id=f"{ident}-{story.name}")
-    for ident, stories in STORIES.items()
-    for story in stories
+    pytest.param(ident, story, id=f"{ident}-{story.name}") for ident, stories in STORIES.items() for story in stories
 ]
 
 
@@ -50,8 +48,7 @@ def test_every_monitor_has_both_stories() -> None:
 def test_texts_name_what_was_seen() -> None:
     """A text alone tells an engineer where to look."""
     assert said("S5", 0) == (
-        "page 1, component P0/tp1: expected room 7 (attempt 0), "
-        "found page 1 of room 8 (attempt 0) from P0/tp1"
+        "page 1, component P0/tp1: expected room 7 (attempt 0), found page 1 of room 8 (attempt 0) from P0/tp1"
     )
     assert said("S1", 0) == (
         "kv page 12 went to room 8 (attempt 0) while write 1 of P0 for room 7 (attempt 0) was not settled"
