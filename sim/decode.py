@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvpoll.sim.engine import Detector, Engine, Request
 from kvpoll.sim.group import Collectives, Turns, Waiting
 from kvpoll.sim.pools import Pool
-from kvpoll.sim.rank import Rank
+from kvpoll.sim.rank import NOTHING_TO_DO, Rank
 from kvpoll.sim.routes import Finder
 from kvpoll.sim.topology import rank_name
 from kvpoll.sim.transport import Destination
@@ -35,6 +35,9 @@ GAUGES = {
     "Transfer": "num_decode_transfer_queue_reqs",
     "Running": "num_running_reqs",
 }
+
+QUEUED = ("Preallocation", "Transfer")
+"""States in which a request waits for something that the ranks must agree on."""
 
 
 class PeerRank(NamedTuple):
@@ -69,7 +72,7 @@ class DecodeRank(Rank):
         profile = engine.world.profile
         names = {"bootstrap": "bootstrap", "admission": "admission", "waiting": "waiting", "drain": "drain"}
         timers = {name: profile.number(f"{rule}_timeout_s") for name, rule in names.items()}
-        timers["tombstone"] = profile.number("tombstone_timeout_s")
+        timers["tombstone"] = profile.number("decode_tombstone_timeout_s")
         super().__init__(engine, node, engine.world.machines.receiver, timers)
         self.decode_engine = engine
         self.group = group
@@ -81,6 +84,7 @@ class DecodeRank(Rank):
         self.row_owners: list[tuple[int, int] | None] = [None] * engine.shape.rows
         self.peers: dict[tuple[int, ...], tuple[PeerRank, ...]] = {}
         self.by_pair: dict[tuple[int, int], Entry] = {}
+        self.waiting: dict[str, Entry] = {}
         self.commands: deque[tuple[Any, ...]] = deque()
         self.finder = Finder(self)
         self.mapping = self.world.topology.mapping(tp)
@@ -156,7 +160,8 @@ class DecodeRank(Rank):
             )  # fmt: skip
 
     def poll_changed(self, room: Room) -> None:
-        self.group.wake()
+        if room.local.poll not in NOTHING_TO_DO:
+            self.group.wake()
 
     def _deadline(self, incarnation: Incarnation, name: str) -> None:
         if name == "waiting" and self.world.profile["route_cache"] == "by_address":
@@ -173,7 +178,7 @@ class DecodeRank(Rank):
             yield from self.group.turns.rest(self.index)
             if self.is_over():
                 return
-            busy = any(entry.state.state == "Running" for entry in self.entries.values())
+            busy = len(self.entries) > len(self.waiting)
             period = shape.iteration_s if busy else shape.idle_s
             yield world.env.timeout(period * self.engine.pace(self) * (0.5 + self.chance.random()))
             while self.finder.stall is not None and not self.is_over():
@@ -185,10 +190,8 @@ class DecodeRank(Rank):
     def _turn(self) -> Waiting:
         commands, reports, budget = yield from self._exchange()
         self._obey(commands)
-        changed = self._decide(reports)
-        changed |= self._admit(reports, budget)
-        if commands or changed:
-            self.group.turns.again(self.index)
+        self._decide(reports)
+        self._admit(reports, budget)
 
     def _exchange(self) -> Waiting:
         """Agree with the other tensor ranks on commands, polls, and what memory the tightest rank has."""
@@ -197,15 +200,17 @@ class DecodeRank(Rank):
         if self.index == 0:
             self.commands.clear()
         memory = (len(self.kv.free), len(self.aux.free))
-        mine = {rid: self._own_report(entry) for rid, entry in self.entries.items()}
+        mine = {rid: self._own_report(entry) for rid, entry in self.waiting.items()}
         if self.world.profile["agreement"] == "by_request_id":
+            if collectives.size == 1:
+                return commands, mine, [memory]
             payloads = yield from collectives.enter(self.index, self.node, "step", "fixed", (commands, mine, memory))
             reports = merge_by_request([payload[1] for payload in payloads])
             return payloads[0][0], reports, [payload[2] for payload in payloads]
         payloads = yield from collectives.enter(self.index, self.node, "requests", "fixed", commands)
         merged: dict[str, Report] = {}
         for kind in ("Preallocation", "Transfer"):
-            queue = [rid for rid, entry in self.entries.items() if entry.state.state == kind and rid in mine]
+            queue = [rid for rid, entry in self.waiting.items() if entry.state.state == kind and rid in mine]
             if queue:
                 vector = [mine[rid].poll for rid in queue]
                 vectors = yield from collectives.enter(self.index, self.node, kind.lower(), len(vector), vector)
@@ -214,8 +219,9 @@ class DecodeRank(Rank):
         return payloads[0], merged, [memory]
 
     def _own_report(self, entry: Entry) -> Report:
-        given_up = entry.rejected or entry.aborted
-        return Report(0, given_up) if given_up is not None else self.report(entry.incarnation)
+        if entry.rejected is not None:
+            return Report(0, entry.rejected)
+        return _given_up(entry, self.report(entry.incarnation))
 
     def _obey(self, commands: tuple[tuple[Any, ...], ...]) -> None:
         for command in commands:
@@ -255,15 +261,21 @@ class DecodeRank(Rank):
                 self.queue(GAUGES[before], entry.request.rid, -1)
             if after in GAUGES:
                 self.queue(GAUGES[after], entry.request.rid, 1)
+            if after in QUEUED:
+                self.waiting[entry.request.rid] = entry
             else:
+                self.waiting.pop(entry.request.rid, None)
+            if after not in GAUGES:
                 self.entries.pop(entry.request.rid, None)
                 self.by_pair.pop(entry.request.pair, None)
 
-    def _decide(self, reports: dict[str, Report]) -> bool:
+    def _decide(self, reports: dict[str, Report]) -> None:
         """Apply what the merged polls say: drop what failed, commit what succeeded."""
         decisions: list[Decision] = []
-        for rid, entry in self.entries.items():
-            report = reports.get(rid) if entry.aborted is None else Report(0, entry.aborted)
+        for rid, entry in self.waiting.items():
+            report = reports.get(rid)
+            if report is not None or entry.aborted is not None:
+                report = _given_up(entry, report)
             if report is None or report.poll == BOOTSTRAPPING:
                 continue
             if entry.state.state == "Transfer":
@@ -281,18 +293,16 @@ class DecodeRank(Rank):
                 self._drop(entry, decision.cause or "failed")
             else:
                 self._commit(entry)
-        return bool(decisions)
 
     def _tell_decision(self, rid: str, outcome: str) -> None:
         if self.collectives.size > 1:
             self.world.emit(Decided(self.world.now, self.node, self.group.name, rid, outcome))
 
-    def _admit(self, reports: dict[str, Report], budget: list[tuple[int, int]]) -> bool:
+    def _admit(self, reports: dict[str, Report], budget: list[tuple[int, int]]) -> None:
         """Grant memory in order of arrival, by the tightest rank; the first that does not fit holds the rest."""
         pages = [free for free, _ in budget]
         rows = [free for _, free in budget]
-        admitted = False
-        for rid, entry in list(self.entries.items()):
+        for rid, entry in list(self.waiting.items()):
             if entry.state.state != "Preallocation":
                 continue
             report = reports.get(rid)
@@ -306,10 +316,8 @@ class DecodeRank(Rank):
             rows = [free - 1 for free in rows]
             self._tell_decision(rid, "admit")
             self._grant(entry, needed)
-            admitted = True
             if self.stopped:
                 break
-        return admitted
 
     def _grant(self, entry: Entry, needed: int) -> None:
         self._move(entry, "MemoryGranted")
@@ -398,6 +406,14 @@ class DecodeRank(Rank):
             known = self.peers.get(self.key(room.incarnation), ())
             if any(peer.node.partition("/")[0] == engine for peer in known):
                 self.deliver(fact, room.incarnation)
+
+
+def _given_up(entry: Entry, report: Report | None) -> Report:
+    """A request that was given up is Failed whatever its room says; the first cause stays."""
+    if entry.aborted is None or (report is not None and report.poll == 0):
+        assert report is not None
+        return report
+    return Report(0, entry.aborted)
 
 
 class Group:

@@ -35,10 +35,9 @@ class Collectives:
     def enter(self, index: int, node: str, kind: str, shape: Any, payload: Any) -> Waiting:
         """Enter the next collective; yields until every rank has entered one of the same kind and shape.
 
-        Returns the payloads of all ranks in order of rank. Never returns when the ranks disagree.
+        Returns the payloads of all ranks in order of rank. Never returns when the ranks disagree. A group of one
+        has nobody to wait for; its rank skips the call.
         """
-        if self.size == 1:
-            return [payload]
         sequence = self._next[index]
         self._next[index] += 1
         world = self.world

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvpoll.sim.engine import Detector, Engine, Request
 from kvpoll.sim.group import Collectives, Turns, Waiting
 from kvpoll.sim.pools import Pool
-from kvpoll.sim.rank import Rank
+from kvpoll.sim.rank import NOTHING_TO_DO, Rank
 from kvpoll.sim.topology import rank_name
 from kvpoll.sim.transport import Destination
 from kvpoll.spec.trace import CollectiveEntered, Computed, Decided
@@ -188,7 +188,8 @@ class PrefillRank(Rank):
 
     def poll_changed(self, room: Room) -> None:
         if self.pp == 0:
-            self.replica.wake()
+            if room.local.poll not in NOTHING_TO_DO:
+                self.replica.wake()
             return
         entry = self.by_pair.get(room.incarnation.pair)
         if entry is not None:
@@ -239,7 +240,7 @@ class PrefillRank(Rank):
         self.step_number += 1
         if batch:
             yield from self._compute(batch)
-        if batch or bootstrap or transfer or commands:
+        if self._in_state("Waiting"):
             self.turns.again(self.index)
 
     def _exchange(self) -> Waiting:
@@ -250,6 +251,8 @@ class PrefillRank(Rank):
             self.commands.clear()
         mine = {rid: self._report_over_stages(rid) for rid in self.entries}
         if world.profile["agreement"] == "by_request_id":
+            if collectives.size == 1:
+                return commands, mine, len(self.kv.free)
             payloads = yield from collectives.enter(
                 self.index, self.node, "step", "fixed", (commands, mine, len(self.kv.free))
             )

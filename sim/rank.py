@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvpoll.spec.trace import IllegalFactRaised, LoopStopped, Queued, Stepped
 from kvpoll.spec.vocabulary import POLL_NUMBERS, Action, Fact, Incarnation
 from kvpoll.statemachine.agreement import Report
-from kvpoll.statemachine.machine import IllegalFact, Room, RoomMachine
+from kvpoll.statemachine.machine import IllegalFact, Local, Room, RoomMachine
 
 if TYPE_CHECKING:
     from kvpoll.sim.engine import Engine
@@ -73,6 +73,10 @@ class Timers:
             self.world.after(max(0.0, queue[0][0] - now), self._ring, name)
 
 
+NOTHING_TO_DO = frozenset({"Absent", "Announced", "Bootstrapping", "Transferring", "Retired"})
+"""Polls on which no scheduler acts; a turn that sees nothing but these changes nothing, so none is taken."""
+
+
 class Rank:
     """What prefill and decode ranks share: the room table, timers, illegal facts, queue gauges."""
 
@@ -119,12 +123,18 @@ class Rank:
             else:
                 self.rooms[number] = after
         if after is not room or actions:
-            self._tell(room, after, kind, incarnation, detail, actions)
+            if actions or self._is_news(room.local, after.local):
+                self._tell(room, after, kind, incarnation, detail, actions)
             for action in actions:
                 self._actions[action.kind](action, origin)
             if after.local.poll != room.local.poll:
                 self.poll_changed(after)
         return True
+
+    def _is_news(self, before: Local, after: Local) -> bool:
+        """Progress inside a state (one write more, routes noted) concerns no invariant; only a recorder hears it."""
+        changed = before.poll is not after.poll or before.lease is not after.lease or before.arrived != after.arrived
+        return changed or self.world.stream.recording
 
     def _tell(self, room: Room, after: Room, kind: str, meant_for: Incarnation, detail: Any, actions: Any) -> None:
         before, now = room.local, after.local

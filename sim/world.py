@@ -35,6 +35,7 @@ class World:
         self.topology = topology
         self.seed = seed
         self.stream = stream
+        self._observers = stream.observers
         self.machines = Machines(protocol, profile)
         self.watch = Watch(stream, protocol.bounds)
         self.network = Network(self)
@@ -44,7 +45,8 @@ class World:
 
     @property
     def now(self) -> float:
-        return float(self.env.now)
+        now: float = self.env.now
+        return now
 
     def chance(self, purpose: str) -> random.Random:
         """A random generator of its own for every purpose, so that a change in one disturbs no other."""
@@ -58,8 +60,10 @@ class World:
 
     def emit(self, event: Any) -> None:
         """Tell invariants and recorder what happened; deadlines that passed before it are judged first."""
-        self.watch.advance(event.t)
-        self.stream.emit(event)
+        if event.t > self.watch.due:
+            self.watch.advance(event.t)
+        for observer in self._observers[type(event)]:
+            observer(event)
 
     def scheduled_events(self) -> int:
         """How many SimPy events this run has scheduled. SimPy numbers them and says the next number only so."""

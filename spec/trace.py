@@ -392,25 +392,26 @@ class Stream:
     """
 
     def __init__(self) -> None:
-        self._observers: dict[type[Any], list[Callable[[Any], None]]] = {cls: [] for cls in EVENTS.values()}
-        self._everything: list[Callable[[Any], None]] = []
+        self.observers: dict[type[Any], list[Callable[[Any], None]]] = {cls: [] for cls in EVENTS.values()}
+        self.recording = False
 
     def subscribe(self, event_type: type[Any], observer: Callable[[Any], None]) -> None:
         """Call ``observer`` with every later event of this type, in order of subscription."""
-        self._observers[event_type].append(observer)
+        self.observers[event_type].append(observer)
 
     def subscribe_all(self, observer: Callable[[Any], None]) -> None:
         """Call ``observer`` with every later event of any type, before the observers of that type."""
-        for observers in self._observers.values():
+        self.recording = True
+        for observers in self.observers.values():
             observers.insert(0, observer)
 
     def wants(self, event_type: type[Any]) -> bool:
         """Is anybody listening for this type?"""
-        return bool(self._observers[event_type])
+        return bool(self.observers[event_type])
 
     def emit(self, event: Any) -> None:
         """Deliver one event."""
-        for observer in self._observers[type(event)]:
+        for observer in self.observers[type(event)]:
             observer(event)
 
 

@@ -26,8 +26,10 @@ UNPOLLED: Final[frozenset[str]] = frozenset({"Absent", "Announced", "Retired"})
 Absent: nothing is known. Announced: the peer spoke first. Retired: a tombstone that remembers the outcome.
 """
 
-ROUTER_CAUSES: Final[frozenset[str]] = frozenset({"engine_crashed", "connection_refused", "client_left"})
-"""Failures that the router sees for itself, before any rank reports one."""
+ROOMLESS_CAUSES: Final[frozenset[str]] = frozenset(
+    {"engine_crashed", "connection_refused", "client_left", "room_in_use"}
+)
+"""Failures that no room reports: the router sees them for itself, or a rank refused to open a room."""
 
 
 class Incarnation(NamedTuple):

@@ -116,6 +116,11 @@ def all_have_drained(state: Any, detail: Any, profile: Profile) -> bool:
     return state.drained & state.contacted == state.contacted
 
 
+@_guard
+def not_all_have_drained(state: Any, detail: Any, profile: Profile) -> bool:
+    return not all_have_drained(state, detail, profile)
+
+
 # -- both
 
 

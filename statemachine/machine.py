@@ -97,10 +97,24 @@ class Machine:
         self._poll = _compile(role.table, profile)
         self._lease = _compile(role.lease, profile) if role.lease is not None else {}
         self._joint = [joint for joint in role.joint if joint.row.exists_in(profile)]
+        self._taken: dict[tuple[Any, str], tuple[Any, Orders]] = {}
         _check_names(role)
 
     def step(self, state: Any, fact: str, detail: Any = None) -> tuple[Any, Orders]:
         """Next state and orders, each order being (action name, detail). Raises IllegalFact; then nothing moved."""
+        if detail is None and not self._lease:
+            return self._step_remembered(state, fact)
+        return self._step(state, fact, detail)
+
+    def _step_remembered(self, state: Any, fact: str) -> tuple[Any, Orders]:
+        """A small role's step on a fact without detail: one of a handful, so it is taken once."""
+        try:
+            return self._taken[state, fact]
+        except KeyError:
+            result = self._taken[state, fact] = self._step(state, fact, None)
+            return result
+
+    def _step(self, state: Any, fact: str, detail: Any) -> tuple[Any, Orders]:
         after, orders = self._take(self._poll, state, fact, detail, 0)
         if self._lease:
             if (state[1], fact) in self._lease:
@@ -213,7 +227,7 @@ class RoomMachine(Machine):
             self._size = 0
         local = self._interned.setdefault(local, local)
         try:
-            after, orders = self.step(local, kind, detail)
+            after, orders = self._step(local, kind, detail)
             result: tuple[Local, Orders | None] = (self._interned.setdefault(after, after), orders)
         except IllegalFact:
             result = (local, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvpoll.spec import trace
 from kvpoll.spec.invariants.monitor import Monitor, MortalMonitor, Recent
 from kvpoll.spec.trace import Pair
-from kvpoll.spec.vocabulary import ROUTER_CAUSES
+from kvpoll.spec.vocabulary import ROOMLESS_CAUSES
 
 
 class _Running:
@@ -22,7 +22,7 @@ class _Running:
 class TruthfulResult(MortalMonitor):
     """S9. Resulted ok: every decode rank of the admission has Committed, and no rank of the pair has turned
     Failed. Resulted not ok: the cause is that of one of the failures seen for the pair, if any was seen, or one
-    that the router saw for itself.
+    that no room reports (ROOMLESS_CAUSES).
 
     Ranks that stopped since the admission are not judged; what they said as they failed still counts as a
     cause. What happens after the answer (a client that leaves, a late abort) makes no answer untrue.
@@ -70,7 +70,7 @@ class TruthfulResult(MortalMonitor):
 
 def _false_cause(running: _Running, cause: str | None) -> str | None:
     causes = running.failures.values()
-    if not causes or cause in causes or cause in ROUTER_CAUSES:
+    if not causes or cause in causes or cause in ROOMLESS_CAUSES:
         return None
     seen = ", ".join(sorted({str(failure) for failure in causes}))
     return f"the client was told {cause!r}, but the failures were {seen}"

@@ -37,7 +37,7 @@ class Watch:
         self.first: dict[str, Violated] = {}
         self.monitors: dict[str, Monitor] = {}
         self._stream = stream
-        self._due = math.inf
+        self.due = math.inf
         self._known: dict[str, set[tuple[Pair | None, str]]] = {}
         self._held: list[Violated] | None = None
         for invariant in _chosen(only):
@@ -50,12 +50,12 @@ class Watch:
             self._stream.subscribe(event_type, getattr(monitor, name))
 
     def _wake(self, due: float) -> None:
-        if due < self._due:
-            self._due = due
+        if due < self.due:
+            self.due = due
 
     def advance(self, t: float) -> None:
         """Time has come to ``t`` (seconds): judge each bound that it has passed. Cheap when there is none."""
-        if t > self._due:
+        if t > self.due:
             self._in_order(t, [monitor.advance for monitor in self.monitors.values() if monitor.due < t])
 
     def finish(self, t: float) -> None:
@@ -68,7 +68,7 @@ class Watch:
         for judge_until in judges:
             judge_until(t)
         held, self._held = self._held, None
-        self._due = min((monitor.due for monitor in self.monitors.values()), default=math.inf)
+        self.due = min((monitor.due for monitor in self.monitors.values()), default=math.inf)
         for violated in sorted(held, key=lambda violated: violated.t):
             self._take(violated)
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +18,8 @@ from rich.text import Text
 Advance = Callable[[float, float], None]
 """Called with (done so far, whole)."""
 
+GAP = "  "
+BAR = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
 STYLES = {
     "holds": "green",
     "breaks": "red",
@@ -35,13 +36,15 @@ class Screen:
     def __init__(self) -> None:
         self.out = Console(highlight=False, markup=False, emoji=False)
         self.err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self.drawing = False
 
     def say(self, text: str = "", style: str | None = None) -> None:
         """One line; never broken, so that it can be copied."""
-        if self.out.is_terminal and style is not None:
-            self.out.print(Text(text, style=style), soft_wrap=True)
-        else:
+        if not self.out.is_terminal:
             print(text, flush=True)
+            return
+        console = self.err if self.drawing else self.out  # a bar is moved down only by what its own console prints
+        console.print(Text(text, style=style or ""), soft_wrap=True)
 
     def prose(self, text: str) -> None:
         """A sentence that a terminal may wrap at words."""
@@ -68,9 +71,8 @@ class Screen:
         if not self.out.is_terminal:
             print(_plain(columns, rows, right))
             return
-        drawn = _rich(columns, rows, right, line)
-        if line is None or Measurement.get(self.out, self.out.options, drawn).maximum <= self.out.width:
-            self.out.print(drawn)
+        if line is None or sum(_widths(columns, rows)) + len(GAP) * (len(columns) - 1) <= self.out.width:
+            self.out.print(_rich(columns, rows, right, line))
             return
         place = columns.index(line)
         rest = [[*row[:place], *row[place + 1 :]] for row in rows]
@@ -85,22 +87,19 @@ class Screen:
         if not self.err.is_terminal:
             yield lambda done, whole: None
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-        )
-        # rich would carry what is printed meanwhile to standard error: right on a terminal, wrong for a pipe.
-        bar = Progress(*columns, console=self.err, transient=True, redirect_stdout=self.out.is_terminal)
+        bar = Progress(*BAR, console=self.err, transient=True, redirect_stdout=False)
         task = bar.add_task(label, total=None, state="")
+
+        def advance(done: float, whole: float) -> None:
+            state = f"{min(done, whole):,.0f} of {whole:,.0f}{unit}"
+            bar.update(task, completed=min(done, whole), total=whole, state=state)
+
         with bar:
-            yield lambda done, whole: bar.update(
-                task,
-                completed=min(done, whole),
-                total=whole,
-                state=f"{min(done, whole):,.0f} of {whole:,.0f}{unit}",
-            )
+            self.drawing = True
+            try:
+                yield advance
+            finally:
+                self.drawing = False
 
     @contextlib.contextmanager
     def status(self, label: str) -> Iterator[Callable[[str], None]]:
@@ -112,18 +111,21 @@ class Screen:
             yield lambda text: spinner.update(Text(text))
 
 
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
+
+
 def _plain(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> str:
-    """Columns two blanks apart, as wide as they must be."""
-    grid = [columns, *rows]
-    widths = [max(len(row[place]) for row in grid) for place in range(len(columns))]
+    """Columns as wide as they must be."""
+    widths = _widths(columns, rows)
     cells = (
         [
             cell.rjust(width) if name in right else cell.ljust(width)
             for cell, name, width in zip(row, columns, widths, strict=True)
         ]
-        for row in grid
+        for row in [columns, *rows]
     )
-    return "\n".join("  ".join(row).rstrip() for row in cells)
+    return "\n".join(GAP.join(row).rstrip() for row in cells)
 
 
 def _rich(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], line: str | None) -> Table:

@@ -42,6 +42,7 @@ def act(plan: Plan, arguments: argparse.Namespace, screen: Screen) -> int:
             screen.say(f"{plural(len(wanted) - len(missing), 'seed')} already in {results.path}")
         told = Told(screen, missing, quiet=arguments.json)
         advance = stack.enter_context(screen.progress(plan.scenario, " seeds"))
+        advance(len(wanted) - len(missing), len(wanted))
 
         def done(record: Record) -> None:
             results.append(record)
