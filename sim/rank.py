@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvpoll.spec.trace import IllegalFactRaised, LoopStopped, Queued, Stepped
+from kvpoll.spec.trace import IllegalFactRaised, LoopStopped, Queued, Stepped, new_event
 from kvpoll.spec.vocabulary import POLL_NUMBERS, Action, Fact, Incarnation
 from kvpoll.statemachine.agreement import Report
 from kvpoll.statemachine.machine import IllegalFact, Local, Room, RoomMachine
@@ -139,10 +139,11 @@ class Rank:
     def _tell(self, room: Room, after: Room, kind: str, meant_for: Incarnation, detail: Any, actions: Any) -> None:
         before, now = room.local, after.local
         own = after.incarnation if after.incarnation == meant_for else room.incarnation
-        self.world.emit(Stepped(
-            self.world.now, self.node, self.role, own, kind, meant_for, detail, before.poll, now.poll,
+        world = self.world
+        world.emit(new_event(Stepped, (
+            world.now, self.node, self.role, own, kind, meant_for, detail, before.poll, now.poll,
             before.lease, now.lease, now.cause, tuple([action.kind for action in actions]),
-        ))  # fmt: skip
+        )))  # fmt: skip
 
     def _illegal(self, error: IllegalFact, incarnation: Incarnation) -> None:
         world = self.world
@@ -191,8 +192,8 @@ class Rank:
     def queue(self, name: str, rid: str, delta: int) -> None:
         """A request entered or left a queue; the gauge follows."""
         self.gauges[name] = self.gauges.get(name, 0) + delta
-        if self.world.stream.wants(Queued):
-            self.world.emit(Queued(self.world.now, self.node, name, rid, delta))
+        world = self.world
+        world.emit(new_event(Queued, (world.now, self.node, name, rid, delta)))
 
     def live_rooms(self) -> int:
         """Rooms that are not tombstones."""

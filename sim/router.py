@@ -34,6 +34,7 @@ class Router:
         self.ttft_s: list[float] = []
         self._rooms = self.world.chance("rooms")
         self._load: dict[tuple[int, int], int] = {}
+        self._names: dict[tuple[str, int, int], tuple[str, ...]] = {}
 
     def submit(self, rid: str, input_tokens: int, output_tokens: int) -> Request:
         """A client's request arrives: draw a room, pick replicas, send both legs."""
@@ -89,11 +90,15 @@ class Router:
     def _ranks(self, side: str, request: Request) -> tuple[str, ...]:
         shape = self.cluster.topology.prefill if side == "P" else self.cluster.topology.decode
         engine, dp = (request.prefill, request.prefill_dp) if side == "P" else (request.decode, request.decode_dp)
+        known = self._names.get((side, engine, dp))
+        if known is not None:
+            return known
         sizes = shape.sizes
-        return tuple(
+        names = self._names[side, engine, dp] = tuple(
             rank_name(side, engine, sizes, dp, pp, tp, cp)
             for pp in range(sizes.pp) for cp in range(sizes.cp) for tp in range(sizes.tp)
         )  # fmt: skip
+        return names
 
     def _legs(self, request: Request) -> list[Any]:
         return [self.cluster.prefill[request.prefill], self.cluster.decode[request.decode]]

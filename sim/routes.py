@@ -25,6 +25,7 @@ class Finder:
         self._endpoints: dict[str, dict[str, int]] = {}
         self._topology: set[str] = set()
         self._asking: dict[str, list[Entry]] = {}
+        self._names: dict[tuple[int, int], list[str]] = {}
 
     def drop(self, engine: str) -> None:
         """Forget what is cached of an engine."""
@@ -129,10 +130,14 @@ class Finder:
     def _targets(self, entry: Entry, dp: int) -> list[str]:
         topology, mapping = self.world.topology, self.rank.mapping
         sizes = topology.prefill.sizes
-        return [
+        key = (entry.request.prefill, dp)
+        if key in self._names:
+            return self._names[key]
+        names = self._names[key] = [
             rank_name("P", entry.request.prefill, sizes, dp, pp, tp, cp)
             for pp in mapping.pp_ranks for tp in mapping.tp_ranks for cp in mapping.cp_ranks
         ]  # fmt: skip
+        return names
 
     def _fetch(self, entry: Entry, dp: int | None) -> None:
         if not self._is_wanted(entry) or self.rank.is_over() or dp is None:

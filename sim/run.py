@@ -77,7 +77,10 @@ class Recorder:
 
 @dataclass
 class Run:
-    """One run to be made. ``trace`` receives JSON lines; ``collect`` receives the events themselves."""
+    """One run to be made. ``trace`` receives JSON lines; ``collect`` receives the events themselves.
+
+    ``check`` False leaves the invariants out, which is for measuring what they cost.
+    """
 
     protocol: Protocol
     scenario: Scenario
@@ -90,12 +93,13 @@ class Run:
     record: bool = False
     collect: list[Any] | None = None
     progress: Progress | None = None
+    check: bool = True
 
     def __call__(self) -> Outcome:
         """Simulate. An interrupt ends the run early; what was recorded so far stays readable."""
         began = time.perf_counter()
         stream = Stream()
-        world = World(self.protocol, self.profile, self.scenario.topology, self.seed, stream)
+        world = World(self.protocol, self.profile, self.scenario.topology, self.seed, stream, self.check)
         recorder = Recorder(stream, self._header(), self.trace) if self.trace is not None or self.record else None
         if self.collect is not None:
             stream.subscribe_all(self.collect.append)

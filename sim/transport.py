@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvpoll.sim.world import covers, engine_of
-from kvpoll.spec.trace import PageTag, WriteLanded, WritePosted, WriteSettled
+from kvpoll.spec.trace import PageTag, WriteLanded, WritePosted, WriteSettled, new_event
 from kvpoll.spec.vocabulary import Incarnation
 
 if TYPE_CHECKING:
@@ -122,8 +122,10 @@ class Transport:
         world, target = self.world, write.destination.rank
         pair, source = write.destination.incarnation.pair, write.source.component
         contents = target.kv.contents
-        for offset, page in enumerate(write.pages[:count]):
-            contents[page][source] = PageTag(pair, source, write.first + offset, write.chunk)
+        part, chunk = write.first, write.chunk
+        for page in write.pages[:count]:
+            contents[page][source] = new_event(PageTag, (pair, source, part, chunk))
+            part += 1
         if write.last and count == len(write.pages):
             target.place_row(write.destination.row, pair)
         if world.stream.wants(WriteLanded):

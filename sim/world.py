@@ -7,6 +7,7 @@ runs. A repeat is byte-identical.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,13 @@ class World:
     """The stage of one run. ``now`` is in seconds since its start."""
 
     def __init__(
-        self, protocol: Protocol, profile: Profile, topology: Topology, seed: int | str, stream: Stream
+        self,
+        protocol: Protocol,
+        profile: Profile,
+        topology: Topology,
+        seed: int | str,
+        stream: Stream,
+        check: bool = True,
     ) -> None:
         self.env = simpy.Environment()
         self.protocol = protocol
@@ -37,7 +44,7 @@ class World:
         self.stream = stream
         self._observers = stream.observers
         self.machines = Machines(protocol, profile)
-        self.watch = Watch(stream, protocol.bounds)
+        self.watch = Watch(stream, protocol.bounds, None if check else ())
         self.network = Network(self)
         self.marks: dict[str, int] = {}
         self.epochs: dict[str, int] = {}
@@ -76,6 +83,7 @@ class World:
             self.emit(Marked(self.now, node, mark))
 
 
+@functools.lru_cache(maxsize=4096)
 def engine_of(node: str) -> str:
     """``P0`` for ``P0/dp1/tp0``."""
     return node.partition("/")[0]

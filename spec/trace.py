@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 
 from kvpoll.spec.source import BadInput
 from kvpoll.spec.vocabulary import Incarnation
@@ -382,6 +382,10 @@ EVENTS: dict[str, type[Any]] = {
         HealthReported, Healed, Surveyed, Violated,
     )
 }  # fmt: skip
+
+
+new_event: Final[Any] = tuple.__new__
+"""``new_event(Stepped, (t, node, ...))``: an event without the cost of argument names, for the busiest producers."""
 
 
 class Stream:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import repeat
-from operator import eq
 
 from kvpoll.spec import trace
 from kvpoll.spec.invariants.monitor import Monitor, Recent, said
@@ -39,21 +37,33 @@ class PageLifetime(Monitor):
     invariant = "S1"
 
     def begin(self) -> None:
-        self._owners: defaultdict[Place, dict[int, Pair]] = defaultdict(dict)
+        self._held: defaultdict[Place, dict[Pair, frozenset[int]]] = defaultdict(dict)
+        self._owned: defaultdict[Place, set[int]] = defaultdict(set)
         self._ended: dict[str, int] = {}
         self._writes: dict[int, trace.WritePosted] = {}
         self._touching: dict[tuple[str, Pair], set[int]] = {}
         self._dangling: dict[Place, dict[int, set[int]]] = {}
 
     def on_reserved(self, event: trace.Reserved) -> None:
-        place = (event.node, event.pool)
-        owners, pages, pair = self._owners[place], event.pages, event.incarnation[:2]
-        if not owners.keys().isdisjoint(pages):
-            for page in owners.keys() & set(pages):
-                self._loosen(place, owners[page], (page,))
+        place, pair = (event.node, event.pool), event.incarnation[:2]
+        owned, held = self._owned[place], self._held[place]
+        if not owned.isdisjoint(event.pages):
+            self._take_away(place, pair, owned.intersection(event.pages))
         if place in self._dangling:
             self._judge_handover(event, pair, self._dangling[place])
-        owners.update(dict.fromkeys(pages, pair))
+        owned.update(event.pages)
+        known = held.get(pair)
+        held[pair] = frozenset(event.pages) if known is None else known.union(event.pages)
+
+    def _take_away(self, place: Place, taker: Pair, pages: set[int]) -> None:
+        """Pages pass to somebody else although their owner has not released them."""
+        for owner, theirs in list(self._held[place].items()):
+            lost = theirs & pages
+            if owner != taker and lost:
+                self._held[place][owner] = theirs - lost
+                if theirs == lost:
+                    del self._held[place][owner]
+                self._loosen(place, owner, tuple(lost))
 
     def _judge_handover(self, event: trace.Reserved, pair: Pair, dangling: dict[int, set[int]]) -> None:
         page = next((page for page in event.pages if page in dangling), None)
@@ -67,13 +77,16 @@ class PageLifetime(Monitor):
 
     def on_released(self, event: trace.Released) -> None:
         place, pair = (event.node, event.pool), event.incarnation[:2]
-        owners = self._owners[place]
+        held = self._held[place]
+        own = held.pop(pair, frozenset())
+        left = own.difference(event.pages)
+        if left:
+            held[pair] = left
+        if not own.issuperset(event.pages):
+            self._take_away(place, pair, set(event.pages) - own)
+        self._owned[place].difference_update(event.pages)
         if (event.node, pair) in self._touching:
             self._loosen(place, pair, event.pages)
-        for page in event.pages:
-            owner = owners.pop(page, None)
-            if owner != pair and owner is not None:
-                self._loosen(place, owner, (page,))
 
     def _loosen(self, place: Place, pair: Pair, pages: tuple[int, ...]) -> None:
         for number in self._touching.get((place[0], pair), ()):
@@ -94,19 +107,24 @@ class PageLifetime(Monitor):
         self._touching.setdefault((event.node, pair), set()).add(number)
         self._touching.setdefault((event.target, pair), set()).add(number)
         for place, pages in _places(event):
-            owner_of = self._owners[place].get
-            if not all(map(eq, map(owner_of, pages), repeat(pair))):
-                self._dangle(place, [page for page in pages if owner_of(page) != pair], number)
+            own = self._held[place].get(pair, frozenset())
+            if not own.issuperset(pages):
+                self._dangle(place, set(pages) - own, number)
 
     def on_write_landed(self, event: trace.WriteLanded) -> None:
         pair = event.incarnation[:2]
-        owner_of = self._owners[event.node, "kv"].get
-        if all(map(eq, map(owner_of, event.pages), repeat(pair))):
-            return
-        for page in event.pages:
-            owner = owner_of(page)
-            if owner != pair and owner is not None:
-                text = f"write {event.write} of {said(pair)} landed on page {page}, now of {said(owner)}"
+        held = self._held[event.node, "kv"]
+        foreign = set(event.pages).difference(held.get(pair, ()))
+        if foreign:
+            self._judge_landing(event, pair, held, foreign)
+
+    def _judge_landing(
+        self, event: trace.WriteLanded, pair: Pair, held: dict[Pair, frozenset[int]], foreign: set[int]
+    ) -> None:
+        for owner, pages in held.items():
+            hit = foreign.intersection(pages)
+            if owner != pair and hit:
+                text = f"write {event.write} of {said(pair)} landed on page {min(hit)}, now of {said(owner)}"
                 self.violate(event.t, event.node, pair, text)
                 return
 
@@ -142,8 +160,9 @@ class PageLifetime(Monitor):
         self._ended[node] = event.epoch
         for number in [w.write for w in self._writes.values() if node in (w.node, w.target)]:
             self._settle(number)
-        for place in [place for place in self._owners if place[0] == node]:
-            del self._owners[place]
+        for place in [place for place in self._held if place[0] == node]:
+            del self._held[place]
+            self._owned.pop(place, None)
 
 
 class CompleteSuccess(Monitor):
@@ -182,42 +201,61 @@ class Conservation(Monitor):
     invariant = "S8"
 
     def begin(self) -> None:
-        self._owners: defaultdict[Place, dict[int, Pair]] = defaultdict(dict)
+        self._held: defaultdict[Place, dict[Pair, frozenset[int]]] = defaultdict(dict)
+        self._owned: defaultdict[Place, set[int]] = defaultdict(set)
         self._totals: dict[Place, int] = {}
 
     def on_reserved(self, event: trace.Reserved) -> None:
-        owners, pages, pair = self._owners[event.node, event.pool], event.pages, event.incarnation[:2]
-        if not owners.keys().isdisjoint(pages):
-            page = next(page for page in pages if page in owners)
-            text = f"{event.pool} page {page} went to {said(pair)} while {said(owners[page])} owned it"
-            self.violate(event.t, event.node, pair, text)
-        elif len(set(pages)) != len(pages):
+        place, pages, pair = (event.node, event.pool), event.pages, event.incarnation[:2]
+        owned, held = self._owned[place], self._held[place]
+        fresh = frozenset(pages)
+        if not owned.isdisjoint(fresh):
+            self._report_twice(event, place, next(page for page in pages if page in owned))
+        elif len(fresh) != len(pages):
             self.violate(event.t, event.node, pair, f"a {event.pool} page was handed out twice in one go")
-        owners.update(dict.fromkeys(pages, pair))
+        owned |= fresh
+        held[pair] = held[pair] | fresh if pair in held else fresh
+
+    def _report_twice(self, event: trace.Reserved, place: Place, page: int) -> None:
+        pair = event.incarnation[:2]
+        text = f"{event.pool} page {page} went to {said(pair)} while {self._owner(place, page)} owned it"
+        self.violate(event.t, event.node, pair, text)
+        self._strip(place, set(event.pages))
+
+    def _owner(self, place: Place, page: int) -> str:
+        return next((said(pair) for pair, pages in self._held[place].items() if page in pages), "nobody")
+
+    def _strip(self, place: Place, pages: set[int]) -> None:
+        held = self._held[place]
+        for pair in [pair for pair, theirs in held.items() if theirs & pages]:
+            held[pair] -= pages
+            if not held[pair]:
+                del held[pair]
 
     def on_released(self, event: trace.Released) -> None:
         place, pair = (event.node, event.pool), event.incarnation[:2]
-        owners = self._owners[place]
-        foreign: list[tuple[int, Pair | None]] = []
-        for page in event.pages:
-            owner = owners.pop(page, None)
-            if owner != pair:
-                foreign.append((page, owner))
-        if foreign:
-            page, owner = foreign[0]
-            whose = "nobody" if owner is None else said(owner)
-            text = f"{said(pair)} released {event.pool} page {page}, owned by {whose}"
+        own = self._held[place].pop(pair, frozenset())
+        left = own.difference(event.pages)
+        if left:
+            self._held[place][pair] = left
+        if not own.issuperset(event.pages):
+            page = next(page for page in event.pages if page not in own)
+            text = f"{said(pair)} released {event.pool} page {page}, owned by {self._owner(place, page)}"
             self.violate(event.t, event.node, pair, text)
-        total = event.free + len(owners)
+            self._strip(place, set(event.pages))
+        owned = self._owned[place]
+        owned.difference_update(event.pages)
+        total = event.free + len(owned)
         known = self._totals.setdefault(place, total)
         if known != total:
             self._totals[place] = total
-            text = f"{event.pool}: {event.free} free + {len(owners)} owned, but {known} pages in all"
+            text = f"{event.pool}: {event.free} free + {len(owned)} owned, but {known} pages in all"
             self.violate(event.t, event.node, pair, text)
 
     def on_node_stopped(self, event: trace.NodeStopped) -> None:
-        for place in [place for place in self._owners if place[0] == event.node]:
-            del self._owners[place]
+        for place in [place for place in self._owned if place[0] == event.node]:
+            del self._owned[place]
+            self._held.pop(place, None)
             self._totals.pop(place, None)
 
 

@@ -6,9 +6,9 @@ import argparse
 
 from kvpoll.commands.options import Verbs, add_profile, add_spec, add_verb
 from kvpoll.commands.plan import read_spec
+from kvpoll.commands.report import drawing_module
 from kvpoll.commands.screen import Screen
 from kvpoll.commands.status import HOLDS
-from kvpoll.reports.diagrams import mermaid
 from kvpoll.spec.source import BadInput, nearest
 
 
@@ -28,6 +28,7 @@ def act(arguments: argparse.Namespace, screen: Screen) -> int:
         if name not in protocol.roles:
             raise BadInput(f"unknown role {name!r}{nearest(name, protocol.roles)}")
     names = arguments.roles or list(protocol.roles)
+    mermaid = drawing_module("kvpoll.reports.diagrams").mermaid
     drawn = {name: mermaid(protocol.roles[name], profile) for name in names}
     if arguments.json:
         screen.json(drawn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from kvpoll.commands.options import Verbs, add_verb
 from kvpoll.commands.screen import Screen
@@ -18,14 +19,19 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--out", metavar="DIR", default="reports/figures", help="folder (default reports/figures)")
 
 
-def act(arguments: argparse.Namespace, screen: Screen) -> int:
-    """Draw, and name what was drawn."""
+def drawing_module(name: str) -> Any:
+    """A module that draws, imported when it is needed: matplotlib is an extra, and slow to load."""
     try:
-        races = import_module("kvpoll.reports.races")
+        return import_module(name)
     except ImportError as error:
         if "matplotlib" not in str(error):
             raise
         raise BadInput("figures need matplotlib, which is missing: pip install 'kvpoll[reports]'") from None
+
+
+def act(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Draw, and name what was drawn."""
+    races = drawing_module("kvpoll.reports.races")
     with screen.status("drawing") as tell:
         paths = races.draw_all(Path(arguments.out), tell)
     if arguments.json:

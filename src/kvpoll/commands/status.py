@@ -8,4 +8,4 @@ BAD_INPUT: Final = 2
 DEFECT: Final = 3
 """kvpoll itself went wrong."""
 INTERRUPTED: Final = 130
-"""Ctrl-C, as shells report it (128 + SIGINT)."""
+"""Ctrl-C, as shells report it (128 + SIGINT); `cli.main` says so by itself before all this is loaded."""

@@ -124,6 +124,6 @@ def test_state_is_dropped_when_requests_are_over() -> None:
             if (ident, name) in remembered:
                 continue
             live = list(state.values()) if isinstance(state, dict) else list(state)
-            held = sum(len(inner) if isinstance(inner, dict) else 1 for inner in live)
+            held = sum(len(inner) if isinstance(inner, dict | set) else 1 for inner in live)
             limit = int(BOUNDS.end_s) + 1 if name == "_deadlines" else 0
             assert held <= limit, (ident, name, held)
