@@ -450,9 +450,7 @@ def test_21299_after_every_rank_queues_the_same_requests_in_the_same_order(label
         for node in DECODE_RANKS
     }
     assert len(moves["D0/tp0"]) >= 6 * run.outcome.requests
-    first, *others = (
-        [move for move in moves[node] if move[0] in (PREALLOCATION, TRANSFER)] for node in DECODE_RANKS
-    )
+    first, *others = ([move for move in moves[node] if move[0] in (PREALLOCATION, TRANSFER)] for node in DECODE_RANKS)
     assert others == [first] * 3
     resolved = [len(run.of(trace.Stepped, node=node, fact="SetupFinished")) for node in DECODE_RANKS]
     assert resolved == [run.outcome.requests] * 4
