@@ -73,6 +73,7 @@ class Injector:
         self.world = cluster.world
         self.faults = faults
         self.active: dict[str, tuple[Fault, Callable[[], None]]] = {}
+        self.healed = False
         self.chance = self.world.chance("faults")
 
     def schedule(self) -> None:
@@ -97,6 +98,8 @@ class Injector:
 
     def begin(self, fault: Fault) -> None:
         """The fault takes effect."""
+        if self.healed:
+            return
         severs: tuple[str, ...] = ()
         if fault.kind.severs:
             target = fault.target.partition("/")[0] if fault.kind.effect == "process_down" else fault.target
@@ -115,6 +118,7 @@ class Injector:
 
     def heal(self) -> None:
         """Everything stops and everyone is up again; what has not begun never will."""
+        self.healed = True
         for fault, _ in list(self.active.values()):
             self.end(fault)
 

@@ -81,7 +81,7 @@ class Scenario:
 def find(name: str) -> Path:
     """The path of a scenario given as a path or as the name of one that comes with kvpoll. Raises BadInput."""
     path = Path(name)
-    if path.suffix == ".toml" or path.exists():
+    if path.suffix == ".toml" or path.is_file():
         return path
     names = names_available()
     if name not in names:

@@ -44,7 +44,7 @@ def map_ranks(prefill: Sizes, decode: Sizes, decode_tp: int, decode_pp: int = 0,
     if decode.cp != 1:
         raise ValueError("decode CP must be 1")
     if decode.pp not in (1, prefill.pp):
-        raise ValueError(f"decode PP must be 1 or {prefill.pp}, the prefill's")
+        raise ValueError(f"decode PP {decode.pp} must be 1 or equal to prefill's PP {prefill.pp}")
     small, large = sorted((prefill.tp, decode.tp))
     if large % small:
         raise ValueError(f"prefill TP {prefill.tp} and decode TP {decode.tp}: one must divide the other")

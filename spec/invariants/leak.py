@@ -33,7 +33,7 @@ class BoundedMaps(TimedMonitor):
     invariant = "R2"
 
     def begin(self) -> None:
-        self._ownerless: defaultdict[str, dict[int, float]] = defaultdict(dict)
+        self._ownerless: defaultdict[str, dict[int, tuple[Pair, float]]] = defaultdict(dict)
 
     def on_stepped(self, event: trace.Stepped) -> None:
         """Only openings, announcements and ends matter; an owner may come without a change of poll."""
@@ -42,22 +42,28 @@ class BoundedMaps(TimedMonitor):
             if event.fact_incarnation == event.incarnation:
                 self._ownerless[event.node].pop(event.incarnation.room, None)
         elif before == after:
-            return
+            self._succeed(event)
         elif after in GONE:
             self._ownerless[event.node].pop(event.incarnation.room, None)
         elif before in GONE:
             self._orphan(event)
 
+    def _succeed(self, event: trace.Stepped) -> None:
+        """Another attempt may take the place of an ownerless one without a change of poll."""
+        known = self._ownerless[event.node].get(event.incarnation.room)
+        if known is not None and known[0] != event.incarnation.pair:
+            self._orphan(event)
+
     def _orphan(self, event: trace.Stepped) -> None:
         rooms, pair, most = self._ownerless[event.node], event.incarnation.pair, self.bounds.ownerless_rooms
-        rooms[pair[0]] = event.t
+        rooms[pair[0]] = (pair, event.t)
         self.expect(event.t + self.bounds.ownerless_s, (event.node, pair, event.t))
         if len(rooms) == most + 1:
             self.violate(event.t, event.node, pair, f"{len(rooms)} rooms that nobody opened (at most {most})")
 
     def lapse(self, deadline: float, debt: tuple[str, Pair, float]) -> None:
         node, pair, since = debt
-        if self._ownerless[node].get(pair[0]) == since:
+        if self._ownerless[node].get(pair[0]) == (pair, since):
             text = f"nobody opened the room within {self.bounds.ownerless_s:g} s, and it is still there"
             self.violate(deadline, node, pair, text)
 

@@ -72,6 +72,10 @@ class Played(NamedTuple):
         found = {event.node: {name: n for name, n in event.tables if n} for event in self.of(trace.Surveyed)}
         return {node: tables for node, tables in found.items() if tables}
 
+    def length(self, node: str, queue: str, until_s: float) -> int:
+        """How many requests stood in a queue at a time."""
+        return sum(event.delta for event in self.of(trace.Queued, node=node, queue=queue) if event.t <= until_s)
+
     def gauge(self, queue: str) -> dict[str, int]:
         """What a queue gauge says at the end, by node, counted from what entered and left."""
         counts: Counter[str] = Counter()
@@ -204,12 +208,14 @@ def test_34572_after_the_pipeline_splits_before_anything_hangs() -> None:
     assert first["S7"] < first["L1"]
     assert first["S7"] == min(first.values())
     mismatch = run.of(trace.Marked, mark="pipeline_mismatch")[0]
-    steps = run.of(trace.CollectiveEntered, kind="forward")
-    entered = [step for step in steps if step.t == mismatch.t and step.node == mismatch.node]
-    (here,) = entered
-    theirs = [step for step in steps if step.sequence == here.sequence and step.node == "P0/pp0"]
-    assert [step.shape for step in theirs] != [here.shape]
-    assert set(here.shape) < set(theirs[0].shape)  # stage 0 computes what this stage has dropped
+    here = run.of(trace.CollectiveEntered, kind="forward", node=mismatch.node)[-1]
+    assert here.t == mismatch.t
+    rids = {event.pair: event.rid for event in run.of(trace.Admitted)}
+    missed = next(rids[c.incarnation.pair] for c in run.of(trace.Computed, node="P0/pp0") if c.t > mismatch.t)
+    assert missed not in here.shape
+    (dropped,) = run.of(trace.Decided, node=mismatch.node, rid=missed)
+    assert (dropped.outcome, dropped.t) == ("drop", mismatch.t)  # what stage 0 has admitted and computes
+    assert run.of(trace.Decided, node="P0/pp0", rid=missed)[0].outcome == "admit"
     later = [event for event in run.of(trace.Resulted) if event.t > mismatch.t + 1]
     assert later != []
     assert not any(event.ok for event in later)
@@ -430,11 +436,9 @@ def test_21299_before_the_queues_of_the_ranks_differ_and_the_group_hangs() -> No
     brought = shapes(run, "D0/dp0")
     differing = [sequence for sequence, seen in brought.items() if len(seen) > 1]
     assert differing == [max(brought)]  # no collective of the group completes after it
-    queues: Counter[tuple[str, str]] = Counter()
-    for event in run.of(trace.Queued):
-        if event.t <= mismatch.t:
-            queues[event.node, event.queue] += event.delta
-    lengths = {node: (queues[node, PREALLOCATION], queues[node, TRANSFER]) for node in DECODE_RANKS}
+    last = run.of(trace.CollectiveEntered, group="D0/dp0", sequence=max(brought) - 1)
+    assert {event.node for event in last} == set(DECODE_RANKS)
+    lengths = {event.node: run.length(event.node, PREALLOCATION, event.t) for event in last}
     assert len(set(lengths.values())) > 1
     assert not any(event.ok for event in run.of(trace.Resulted) if event.t > mismatch.t + 1)
     assert run.outcome.violations["L1"].t > mismatch.t
