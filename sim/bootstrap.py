@@ -111,9 +111,12 @@ class BootstrapServer:
             self.dp_entries[room] = entry
             self.world.after(self.world.profile.number("dp_entry_timeout_s"), self._expire, room, entry, self.epoch)
             return 200, None
-        entry = self.dp_entries.get(detail, DpEntry())
-        _, orders = machines.dp_entry.step(entry, "DpRankQueried", None)
-        return 200, entry.rank if orders else None
+        return 200, {room: rank for room in detail if (rank := self._dp_rank(room)) is not None}
+
+    def _dp_rank(self, room: int) -> int | None:
+        entry = self.dp_entries.get(room, DpEntry())
+        _, orders = self.world.machines.dp_entry.step(entry, "DpRankQueried")
+        return entry.rank if orders else None
 
     def _tell_readiness(self, expected: int) -> None:
         """What the server says of its table, and whether every rank is really there (C1, B44)."""

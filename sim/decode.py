@@ -17,12 +17,14 @@ from kvpoll.spec.vocabulary import Action, Incarnation
 from kvpoll.statemachine.agreement import (
     BOOTSTRAPPING,
     Decision,
+    Memory,
     Report,
     decide_bootstrap,
     decide_transfer,
     fits,
     merge_by_position,
     merge_by_request,
+    tightest,
 )
 from kvpoll.statemachine.machine import Room
 from kvpoll.statemachine.roles import Queued
@@ -41,11 +43,15 @@ QUEUED = ("Preallocation", "Transfer")
 
 
 class PeerRank(NamedTuple):
-    """A prefill rank that a room of ours talks to: its bit, its node, its process epoch as we know it."""
+    """A prefill rank that a room of ours talks to: its bit, its node, its process epoch as we know it.
+
+    A dummy is told of the room so that its poll can finish; it writes nothing and answers nothing (PROTOCOL 7.4).
+    """
 
     bit: int
     node: str
     epoch: int
+    dummy: bool
 
 
 class Entry:
@@ -153,7 +159,7 @@ class DecodeRank(Rank):
             theirs = own._replace(epoch=peer.epoch)
             current = world.epochs[peer.node.partition("/")[0]]
             world.emit(Addressed(world.now, self.node, own, peer.node, peer.epoch, current))
-            destination = Destination(self, own, self.tp, entry.pages, entry.row)
+            destination = Destination(self, own, self.tp, () if peer.dummy else entry.pages, entry.row)
             world.network.send(
                 self.node, peer.node, "Metadata", theirs, self.decode_engine.cluster.metadata_at,
                 peer.node, theirs, destination, self.mapping.destinations_required,
@@ -188,10 +194,10 @@ class DecodeRank(Rank):
             yield from self._turn()
 
     def _turn(self) -> Waiting:
-        commands, reports, budget = yield from self._exchange()
+        commands, reports, memory = yield from self._exchange()
         self._obey(commands)
         self._decide(reports)
-        self._admit(reports, budget)
+        self._admit(reports, memory)
 
     def _exchange(self) -> Waiting:
         """Agree with the other tensor ranks on commands, polls, and what memory the tightest rank has."""
@@ -199,14 +205,15 @@ class DecodeRank(Rank):
         commands = tuple(self.commands) if self.index == 0 else ()
         if self.index == 0:
             self.commands.clear()
-        memory = (len(self.kv.free), len(self.aux.free))
+        taken = sum(entry.state.state != "Preallocation" for entry in self.entries.values())
+        memory = Memory(len(self.kv.free), len(self.aux.free), self.engine.shape.slots - taken)
         mine = {rid: self._own_report(entry) for rid, entry in self.waiting.items()}
         if self.world.profile["agreement"] == "by_request_id":
             if collectives.size == 1:
-                return commands, mine, [memory]
+                return commands, mine, memory
             payloads = yield from collectives.enter(self.index, self.node, "step", "fixed", (commands, mine, memory))
             reports = merge_by_request([payload[1] for payload in payloads])
-            return payloads[0][0], reports, [payload[2] for payload in payloads]
+            return payloads[0][0], reports, tightest(payload[2] for payload in payloads)
         payloads = yield from collectives.enter(self.index, self.node, "requests", "fixed", commands)
         merged: dict[str, Report] = {}
         for kind in ("Preallocation", "Transfer"):
@@ -216,7 +223,7 @@ class DecodeRank(Rank):
                 vectors = yield from collectives.enter(self.index, self.node, kind.lower(), len(vector), vector)
                 for rid, poll in zip(queue, merge_by_position(vectors), strict=False):
                     merged[rid] = Report(poll, mine[rid].cause)
-        return payloads[0], merged, [memory]
+        return payloads[0], merged, memory
 
     def _own_report(self, entry: Entry) -> Report:
         if entry.rejected is not None:
@@ -227,6 +234,8 @@ class DecodeRank(Rank):
         for command in commands:
             if command[0] == "open":
                 self._open(command[1])
+            elif command[0] == "generated":
+                self._generated(command[1])
             elif command[1] in self.entries:
                 self._abort(self.entries[command[1]], command[2])
             else:
@@ -298,10 +307,8 @@ class DecodeRank(Rank):
         if self.collectives.size > 1:
             self.world.emit(Decided(self.world.now, self.node, self.group.name, rid, outcome))
 
-    def _admit(self, reports: dict[str, Report], budget: list[tuple[int, int]]) -> None:
+    def _admit(self, reports: dict[str, Report], memory: Memory) -> None:
         """Grant memory in order of arrival, by the tightest rank; the first that does not fit holds the rest."""
-        pages = [free for free, _ in budget]
-        rows = [free for _, free in budget]
         for rid, entry in list(self.waiting.items()):
             if entry.state.state != "Preallocation":
                 continue
@@ -309,11 +316,10 @@ class DecodeRank(Rank):
             if report is None or decide_bootstrap(rid, report) is None:
                 continue
             needed = -(-entry.request.input_tokens // self.world.topology.page_tokens)
-            if not fits(needed, pages, rows):
+            if not fits(needed, memory):
                 self.world.mark(self.node, "decode_memory_full")
                 break
-            pages = [free - needed for free in pages]
-            rows = [free - 1 for free in rows]
+            memory = memory.less(needed)
             self._tell_decision(rid, "admit")
             self._grant(entry, needed)
             if self.stopped:
@@ -356,22 +362,33 @@ class DecodeRank(Rank):
         """The transfer is over: the request starts to decode from its pages."""
         world, own = self.world, entry.incarnation
         contents = tuple([dict(self.kv.contents[page]) for page in entry.pages])
-        components = tuple(peer.node for peer in self.peers.get(self.key(own), ()))
+        components = tuple(peer.node for peer in self.peers.get(self.key(own), ()) if not peer.dummy)
         row_pair = self.row_owners[entry.row] if entry.row >= 0 else None
         world.emit(Committed(world.now, self.node, own, components, contents, row_pair))
         self._move(entry, "TransferAgreed")
         self.deliver("Cleared", own)
-        step_s = self.engine.shape.iteration_s * self.engine.pace(self)
         if self.index == 0:
+            step_s = self.engine.shape.iteration_s * self.engine.pace(self)
             world.after(step_s, self._first_token, entry.request)
-        world.after(step_s * entry.request.output_tokens, self._generated, entry)
+            world.after(step_s * entry.request.output_tokens, self._last_token, entry.request.rid)
 
     def _first_token(self, request: Request) -> None:
         if not self.is_over():
             self.decode_engine.cluster.router.first_token(self, request)
 
-    def _generated(self, entry: Entry) -> None:
-        if not self.is_over() and entry.state.state == "Running":
+    def _last_token(self, rid: str) -> None:
+        """The sampled token ends the request in the same iteration on every tensor rank."""
+        if self.is_over():
+            return
+        if self.collectives.size == 1:
+            self._generated(rid)
+        else:
+            self.commands.append(("generated", rid))
+            self.group.wake()
+
+    def _generated(self, rid: str) -> None:
+        entry = self.entries.get(rid)
+        if entry is not None and entry.state.state == "Running":
             self._end_running(entry, "GenerationFinished")
 
     def _end_running(self, entry: Entry, fact: str) -> None:

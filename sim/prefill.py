@@ -144,6 +144,8 @@ class PrefillRank(Rank):
     # -- actions
 
     def _send_status(self, destination: Destination, outcome: str) -> None:
+        if not destination.pages:
+            return
         node = destination.rank.node
         self.world.network.send(
             self.node, node, f"Status {outcome}", destination.incarnation, self.prefill_engine.cluster.status_at,
@@ -184,7 +186,8 @@ class PrefillRank(Rank):
         entry = self.by_pair.get(action.incarnation.pair)
         if entry is not None:
             entry.rejected = "room_in_use"
-            self.replica.wake()
+            if self.pp == 0:
+                self.replica.wake()
 
     def poll_changed(self, room: Room) -> None:
         if self.pp == 0:
@@ -193,12 +196,18 @@ class PrefillRank(Rank):
             return
         entry = self.by_pair.get(room.incarnation.pair)
         if entry is not None:
-            leader = self.replica.leader_of(self)
-            report = self.report(entry.incarnation)
-            self.world.network.send(
-                self.node, leader.node, "StageStatus", room.incarnation,
-                leader.receive_stage_status, self.pp, entry.request.rid, report,
-            )  # fmt: skip
+            self._replicate(entry)
+
+    def _own_report(self, entry: Entry) -> Report:
+        return self.report(entry.incarnation) if entry.rejected is None else Report(0, entry.rejected)
+
+    def _replicate(self, entry: Entry) -> None:
+        """Tell stage 0 how a request stands on this stage."""
+        leader = self.replica.leader_of(self)
+        self.world.network.send(
+            self.node, leader.node, "StageStatus", entry.incarnation,
+            leader.receive_stage_status, self.pp, entry.request.rid, self._own_report(entry),
+        )  # fmt: skip
 
     def receive_stage_status(self, stage: int, rid: str, report: Report) -> None:
         """A later stage's poll, replicated to stage 0."""
@@ -269,16 +278,11 @@ class PrefillRank(Rank):
         return payloads[0], merged, len(self.kv.free)
 
     def _report_over_stages(self, rid: str) -> Report:
-        entry = self.entries[rid]
-        if entry.rejected is not None:
-            return Report(0, entry.rejected)
-        own = self.report(entry.incarnation)
+        own = self._own_report(self.entries[rid])
         if self.replica.stages == 1:
             return own
-        return min(
-            [own, *(stage.get(rid, UNKNOWN) for stage in self.stage_reports[1:])],
-            key=lambda report: report.poll,
-        )
+        reports = [own, *(stage.get(rid, UNKNOWN) for stage in self.stage_reports[1:])]
+        return min(reports, key=lambda report: report.poll)
 
     def _in_state(self, state: str) -> list[str]:
         return [rid for rid, entry in self.entries.items() if entry.state.state == state]
@@ -368,6 +372,8 @@ class PrefillRank(Rank):
         required = 0 if self.cp else engine.destinations_required
         if not self.deliver("RequestOpened", entry.incarnation, required):
             return
+        if self.pp > 0 and self._own_report(entry).poll != BOOTSTRAPPING:
+            self._replicate(entry)  # it was ready, or over, before it was opened
         dp_size, follows = engine.dp_ranks, world.topology.follows_room
         rank = dp_rank.known_rank(world.profile, self.replica.dp, world.topology.dp_attention)
         cause = dp_rank.conflict(world.profile, request.pair[0], dp_size, follows, rank)
@@ -495,7 +501,8 @@ class PrefillRank(Rank):
     def _post(self, entry: Entry, chunk: int, first: int, pages: tuple[int, ...], last: bool) -> None:
         """One write per destination; the request's final write is the last chunk's to the last destination."""
         incarnation = entry.incarnation
-        targets = list(self.destinations.get(self.key(incarnation), {}).values())
+        known = self.destinations.get(self.key(incarnation), {}).values()
+        targets = [destination for destination in known if destination.pages]
         if not targets:
             self.deliver("WritePosted", incarnation, last)
             self.deliver("WriteCompleted", incarnation)

@@ -106,10 +106,11 @@ class Finder:
         if not self._is_wanted(entry) or self.rank.is_over():
             return
 
+        room = entry.request.pair[0]
+
         def answered(status: int | str, body: Any) -> None:
-            after, orders = self.world.machines.resolution.step(
-                state, "DpRankAnswered", body if status == 200 else None
-            )
+            rank = body.get(room) if status == 200 else None
+            after, orders = self.world.machines.resolution.step(state, "DpRankAnswered", rank)
             if not orders:
                 self.world.mark(self.rank.node, "dp_rank_queried")
                 self._fetch(entry, after.rank)
@@ -117,8 +118,7 @@ class Finder:
                 retry_s = self.world.profile.number("dp_query_retry_s")
                 self.world.after(retry_s, self._query_again, entry, after, repeat + 1)
 
-        room = entry.request.pair[0]
-        self._request(f"P{entry.request.prefill}", "POST /query_dp_ranks", room, repeat, answered)
+        self._request(f"P{entry.request.prefill}", "POST /query_dp_ranks", (room,), repeat, answered)
 
     def _query_again(self, entry: Entry, state: Resolution, repeat: int) -> None:
         after, orders = self.world.machines.resolution.step(state, "RetryDue")
@@ -168,13 +168,22 @@ class Finder:
         detectors = self.rank.decode_engine.detectors
         return next((d.state.epoch for d in detectors if d.rank is self.rank and d.target == engine), None)
 
+    def _real_tp(self) -> str | None:
+        """Where others are dummies, the tensor rank that is real."""
+        mapping = self.rank.mapping
+        return f"/tp{mapping.tp_ranks[0]}" if mapping.has_dummies else None
+
     def _finish(self, entry: Entry, dp: int) -> None:
         from kvpoll.sim.decode import PeerRank
 
         rank = self.rank
         known = self._endpoints[f"P{entry.request.prefill}"]
         ranks = rank.decode_engine.cluster.unique_indices
-        peers = tuple(PeerRank(ranks[node], node, known[node]) for node in self._targets(entry, dp))
+        real = self._real_tp()
+        peers = tuple(
+            PeerRank(ranks[node], node, known[node], real is not None and not node.endswith(real))
+            for node in self._targets(entry, dp)
+        )
         rank.peers[rank.key(entry.incarnation)] = peers
         mask = sum(1 << peer.bit for peer in peers)
         rank.deliver("RoutesResolved", entry.incarnation, (mask, rank.mapping.responses_required))

@@ -146,6 +146,23 @@ def stage0_decisions(
     return drops + [Decision(rid, "admit") for rid in agreed if rid in here]
 
 
-def fits(needed_pages: int, free_pages: Sequence[int], free_rows: Sequence[int]) -> bool:
-    """May the next request be given memory? Decided on the tightest rank, so that all ranks decide alike."""
-    return needed_pages <= min(free_pages) and min(free_rows) >= 1
+class Memory(NamedTuple):
+    """What a decode rank has left: KV pages, aux rows, slots of its running batch."""
+
+    pages: int
+    rows: int
+    slots: int
+
+    def less(self, pages: int) -> Memory:
+        """After one more request of this many pages."""
+        return Memory(self.pages - pages, self.rows - 1, self.slots - 1)
+
+
+def tightest(budgets: Iterable[Memory]) -> Memory:
+    """What every rank of the group has at least: memory is granted by this, so that all ranks decide alike."""
+    return Memory(*map(min, zip(*budgets, strict=True)))
+
+
+def fits(needed_pages: int, memory: Memory) -> bool:
+    """May the next request be given pages, a row and a slot?"""
+    return needed_pages <= memory.pages and memory.rows >= 1 and memory.slots >= 1
