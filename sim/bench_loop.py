@@ -27,8 +27,8 @@ def bare_loop_s(events: int, pending: int) -> float:
         assert event.callbacks is not None
         event.callbacks.append(fire)
 
-    began = time.perf_counter()
+    began = time.process_time()
     for number in range(min(pending, events)):
         schedule(DELAYS_S[number % count])
     env.run()
-    return time.perf_counter() - began
+    return time.process_time() - began

@@ -100,7 +100,10 @@ class Run:
         began = time.perf_counter()
         stream = Stream()
         world = World(self.protocol, self.profile, self.scenario.topology, self.seed, stream, self.check)
-        recorder = Recorder(stream, self._header(), self.trace) if self.trace is not None or self.record else None
+        arrivals = self.arrivals
+        if arrivals is None:
+            arrivals = self.scenario.workload(world.chance("workload"), self.scenario.timing.hostile_s)
+        recorder = Recorder(stream, self._header(arrivals), self.trace) if self.trace is not None or self.record else None
         if self.collect is not None:
             stream.subscribe_all(self.collect.append)
         cluster = Cluster(world)
@@ -108,7 +111,7 @@ class Run:
         injector = Injector(cluster, faults)
         interrupted = False
         try:
-            self._play(world, cluster, injector)
+            self._play(world, cluster, injector, arrivals)
         except KeyboardInterrupt:
             interrupted = True
         return Outcome(
@@ -132,7 +135,8 @@ class Run:
             faults=faults,
         )
 
-    def _header(self) -> dict[str, Any]:
+    def _header(self, arrivals: list[Arrival]) -> dict[str, Any]:
+        workload = hashlib.sha256(repr([tuple(arrival) for arrival in arrivals]).encode()).hexdigest()[:12]
         return {
             "kvpoll_trace": 1,
             "spec": self.protocol.digest,
@@ -142,16 +146,14 @@ class Run:
             "profile": self.profile.name,
             "seed": self.seed,
             "repeat": self.line,
+            "workload": workload,
         }
 
-    def _play(self, world: World, cluster: Cluster, injector: Injector) -> None:
+    def _play(self, world: World, cluster: Cluster, injector: Injector, arrivals: list[Arrival]) -> None:
         timing = self.scenario.timing
         late = any(fault.kind.name == "bootstrap_late" for fault in injector.faults)
         injector.schedule()
         cluster.start(servers_late=late)
-        arrivals = self.arrivals
-        if arrivals is None:
-            arrivals = self.scenario.workload(world.chance("workload"), timing.hostile_s)
         world.env.process(_arrive(world, cluster, arrivals))
         self._advance(world, timing.hostile_s)
         injector.heal()

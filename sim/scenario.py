@@ -24,6 +24,7 @@ from kvpoll.spec.trace import EVENTS
 from kvpoll.statemachine.mapping import Sizes
 
 SCENARIOS = Path(__file__).with_name("scenarios")
+RANKS_MAX = 1024
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ def parse_scenario(source: Source, protocol: Protocol, name: str) -> Scenario:
     for key in ("title", "workload"):
         if key not in data:
             raise source.error((), f"a scenario needs `{key}`")
+    _check_shapes(source, (), data, SHAPES)
+    for key, shapes in (("fault", FAULT_SHAPES), ("expect", EXPECT_SHAPES)):
+        for index, entry in enumerate(data.get(key, [])):
+            _check_shapes(source, (key, index), entry, shapes)
     topology = _topology(source)
     timing = _filled(source, ("timing",), data.get("timing", {}), Timing)
     faults = tuple(_fault(source, index, entry, topology) for index, entry in enumerate(data.get("fault", [])))
@@ -127,6 +132,46 @@ def parse_scenario(source: Source, protocol: Protocol, name: str) -> Scenario:
         faults=faults,
         expectations=expectations,
     )
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _tables(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_table, value))
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+Shape = tuple[Callable[[Any], bool], str]
+TEXT: Shape = (_text, "text in quotes")
+TABLE: Shape = (_table, "a table")
+TABLES: Shape = (_tables, "a list of tables ([[...]])")
+TEXTS: Shape = (_texts, "a list of texts")
+
+SHAPES = {
+    "title": TEXT, "story": TEXT, "upstream": TEXT, "race": TEXT, "topology": TABLE, "workload": TABLE,
+    "timing": TABLE, "fault": TABLES, "expect": TABLES,
+}  # fmt: skip
+FAULT_SHAPES = {"kind": TEXT, "target": TEXT, "trigger": TABLE}
+EXPECT_SHAPES = {
+    "profile": TEXT, "label": TEXT, "rules": TABLE, "shows": TEXTS, "follows": TEXTS, "marks": TEXTS, "causes": TEXTS,
+}  # fmt: skip
+
+
+def _check_shapes(
+    source: Source, path: tuple[str | int, ...], entry: Mapping[str, Any], shapes: Mapping[str, Shape]
+) -> None:
+    for name, (fits, wanted) in shapes.items():
+        if name in entry and not fits(entry[name]):
+            raise source.error((*path, name), f"{name} must be {wanted}, got {entry[name]!r}")
 
 
 def _filled(source: Source, path: tuple[str | int, ...], entry: Mapping[str, Any], kind: type[Any]) -> Any:
@@ -153,6 +198,7 @@ def _check_scalar(source: Source, path: tuple[str | int, ...], name: str, value:
 
 def _topology(source: Source) -> Topology:
     entry = dict(source.data.get("topology", {}))
+    _check_shapes(source, ("topology",), entry, {"prefill": TABLE, "decode": TABLE})
     shapes = {side: _shape(source, side, entry.pop(side, {})) for side in ("prefill", "decode")}
     base = {field.name: field.default for field in dataclasses.fields(Topology) if field.name not in shapes}
     source.require_known(("topology",), entry, [*base, *shapes], "key")
@@ -179,6 +225,8 @@ def _shape(source: Source, side: str, entry: Mapping[str, Any]) -> EngineShape:
     source.require_known(path, rest, [*fields, *Sizes._fields], "key")
     for name, value in {**sizes, **rest}.items():
         _check_scalar(source, (*path, name), name, value, fields.get(name, 1))
+        if name in (*Sizes._fields, "count") and value > RANKS_MAX:
+            raise source.error((*path, name), f"{side} {name} is {value}; at most {RANKS_MAX} are simulated")
         if value == 0 and name != "skew":
             raise source.error((*path, name), f"this cluster cannot exist: {side} {name} is 0")
     return EngineShape(sizes=Sizes(**sizes), **rest)
@@ -199,6 +247,8 @@ def _fault(source: Source, index: int, entry: Mapping[str, Any], topology: Topol
             raise source.error(path, f"fault {kind.name!r} needs the parameter {name!r}")
         if name != "offset_s" and isinstance(value, int | float) and value < 0:
             raise source.error((*path, name), f"{name} must not be negative, got {value!r}")
+        if name in entry:
+            _check_parameter(source, (*path, name), name, value, kind.parameters[name])
     target = entry.get("target", "R")
     _check_target(source, (*path, "target"), target, topology)
     trigger = entry.get("trigger")
@@ -215,6 +265,17 @@ def _fault(source: Source, index: int, entry: Mapping[str, Any], topology: Topol
     )
 
 
+def _check_parameter(source: Source, path: tuple[str | int, ...], name: str, value: Any, default: Any) -> None:
+    """A parameter has the type of its default; one that is required is a number, but for the name `peer`."""
+    wanted: tuple[type, ...] = (int, float)
+    if isinstance(default, bool):
+        wanted = (bool,)
+    elif name in ("peer", "side"):
+        wanted = (str,)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+        raise source.error(path, f"{name} must be a {wanted[-1].__name__}, got {value!r}")
+
+
 def _check_target(source: Source, path: tuple[str | int, ...], target: str, topology: Topology) -> None:
     ranks = [*rank_names("P", topology.prefill), *rank_names("D", topology.decode)]
     valid = {"R", "*", *ranks, *(f"B{number}" for number in range(topology.prefill.count))}
@@ -226,7 +287,7 @@ def _check_target(source: Source, path: tuple[str | int, ...], target: str, topo
 
 
 def _check_trigger(source: Source, path: tuple[str | int, ...], trigger: Mapping[str, Any]) -> None:
-    if trigger.get("event") not in EVENTS:
+    if not isinstance(trigger.get("event"), str) or trigger["event"] not in EVENTS:
         raise source.error(path, f"unknown trace event {trigger.get('event')!r}{nearest(trigger.get('event'), EVENTS)}")
     source.require_known(path, trigger, ("event", *EVENTS[trigger["event"]]._fields), "field")
 
@@ -277,14 +338,16 @@ WORKLOAD_KEYS: dict[str, tuple[str, ...]] = {
 
 def _workload(source: Source, entry: Mapping[str, Any]) -> Callable[[random.Random, float], list[Arrival]]:
     kind = entry.get("kind")
-    if kind not in WORKLOAD_KEYS:
+    if not isinstance(kind, str) or kind not in WORKLOAD_KEYS:
         raise source.error(("workload", "kind"), f"unknown workload {kind!r}{nearest(kind, WORKLOAD_KEYS)}")
     source.require_known(("workload",), entry, WORKLOAD_KEYS[kind], "key")
     for key in WORKLOAD_KEYS[kind]:
         if key not in entry and key != "until_s":
             raise source.error(("workload",), f"workload {kind!r} needs `{key}`")
-        if isinstance(entry.get(key), int | float):
-            _check_scalar(source, ("workload", key), key, entry[key], 0.0)
+        if key not in ("kind", "path", "requests") and key in entry:
+            whole = key.endswith("_tokens")
+            _check_scalar(source, ("workload", key), key, entry[key], 0 if whole else 0.0)
+    _check_shapes(source, ("workload",), entry, {"path": TEXT, "requests": TABLES})
     if kind == "requests":
         return _listed(source, entry["requests"])
     if kind == "synthetic":

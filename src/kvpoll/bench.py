@@ -125,23 +125,23 @@ def _measure_rooms(protocol: Protocol, tell: Tell) -> Result:
 
 
 def _measure_job(job: Job, rounds: int, tell: Tell) -> Result:
-    walls: defaultdict[str, list[float]] = defaultdict(list)
+    spent: defaultdict[str, list[float]] = defaultdict(list)
     for number in range(rounds):
         tell(f"{job.name}, round {number + 1} of {rounds}")
         checked = timed(job, check=True)
-        walls["checked"].append(checked.traffic_wall_s)
-        walls["tail"].append(checked.tail_wall_s)
-        walls["unchecked"].append(timed(job, check=False).traffic_wall_s)
-        walls["bare"].append(bare_s(job, checked.outcome))
+        spent["checked"].append(checked.traffic_core_s)
+        spent["tail"].append(checked.tail_core_s)
+        spent["unchecked"].append(timed(job, check=False).traffic_core_s)
+        spent["bare"].append(bare_s(job, checked.outcome))
     outcome = checked.outcome
     return {
         "traffic_s": job.traffic_s,
         "whole_s": round(outcome.simulated_s, 1),
-        "traffic_wall_s": _figure(walls["checked"]),
-        "tail_wall_s": _figure(walls["tail"]),
-        "times_real_time": _figure([job.traffic_s / wall_s for wall_s in walls["checked"]]),
-        "times_real_time_unchecked": _figure([job.traffic_s / wall_s for wall_s in walls["unchecked"]]),
-        "bare_simpy_wall_s": _figure(walls["bare"]),
+        "traffic_core_s": _figure(spent["checked"]),
+        "tail_core_s": _figure(spent["tail"]),
+        "times_real_time": _figure([job.traffic_s / core_s for core_s in spent["checked"]]),
+        "times_real_time_unchecked": _figure([job.traffic_s / core_s for core_s in spent["unchecked"]]),
+        "bare_simpy_core_s": _figure(spent["bare"]),
         "events": outcome.events,
         "requests": outcome.requests,
         "succeeded": outcome.succeeded,
@@ -231,7 +231,7 @@ def _room_rows(room: Result) -> Iterator[Row]:
 
 def _job_rows(name: str, job: Result) -> Iterator[Row]:
     bar = {"1P1D": 1000, "2P2D": 100}[name]
-    speed, wall_s = job["times_real_time"], job["traffic_wall_s"]
+    speed, core_s = job["times_real_time"], job["traffic_core_s"]
     share = f"{job['succeeded'] / max(1, job['requests']):.1%}"
     load = f"{job['requests']:,} requests, {share} served, TTFT p50 {job['ttft_p50_s']:.2f} s"
     title = f"{name}, {job['traffic_s']:,.0f} s"
@@ -240,9 +240,9 @@ def _job_rows(name: str, job: Result) -> Iterator[Row]:
     faults = f", {job['faults']} faults" if job["faults"] else ""
     yield Row(judged, f"{speed:,.0f}x real time", reached(f"{bar:,}x", speed >= bar), f"{load}{faults}{broken}")
     yield Row(f"{title}, invariants off", f"{job['times_real_time_unchecked']:,.0f}x real time")
-    bare_wall_s = job["bare_simpy_wall_s"]
-    events = f"{job['events']:,} events in {bare_wall_s:.2f} s"
-    yield Row(f"{name}, bare SimPy loop", events, "", f"kvpoll takes {wall_s / bare_wall_s:.1f}x as long")
+    bare_core_s = job["bare_simpy_core_s"]
+    events = f"{job['events']:,} events in {bare_core_s:.2f} s"
+    yield Row(f"{name}, bare SimPy loop", events, "", f"kvpoll takes {core_s / bare_core_s:.1f}x as long")
 
 
 def _idle_row(idle: Result) -> Row:

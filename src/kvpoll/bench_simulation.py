@@ -1,4 +1,4 @@
-"""Simulated hours beside the wall clock, and beside SimPy doing nothing as often.
+"""Simulated hours beside seconds of one core, and beside SimPy doing nothing as often.
 
 Each job runs twice: with every invariant judging every event, as `kvpoll run` does it, and without, which says
 what the judging costs. The clock covers everything from making the cluster to the last second of traffic; the quiet
@@ -45,17 +45,17 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Timed:
-    """One run of a job. traffic_wall_s: until the traffic was over; tail_wall_s: from there to the end."""
+    """One run of a job. traffic_core_s: seconds of one core until the traffic was over; tail_core_s: the rest."""
 
     outcome: Outcome
     traffic_s: float
-    traffic_wall_s: float
-    tail_wall_s: float
+    traffic_core_s: float
+    tail_core_s: float
 
     @property
     def times_real_time(self) -> float:
-        """Simulated seconds of traffic for each second of wall clock."""
-        return self.traffic_s / self.traffic_wall_s
+        """Simulated seconds of traffic for each second of one core."""
+        return self.traffic_s / self.traffic_core_s
 
 
 def lone_pair_job(protocol: Protocol, trace: str | None, traffic_s: float = HOUR_S) -> Job:
@@ -99,13 +99,13 @@ def timed(job: Job, check: bool) -> Timed:
 
     def look(now: float, whole: float) -> None:
         if now >= job.traffic_s and not reached_s:
-            reached_s.append(time.perf_counter())
+            reached_s.append(time.process_time())
 
     run = job.run(check, look)
     gc.collect()
-    began = time.perf_counter()
+    began = time.process_time()
     outcome = run()
-    ended = time.perf_counter()
+    ended = time.process_time()
     return Timed(outcome, job.traffic_s, reached_s[0] - began, ended - reached_s[0])
 
 
