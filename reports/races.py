@@ -41,7 +41,7 @@ FIGURES = (
         "r2",
         "num_prefill_bootstrap_queue_reqs",
     ),
-    Figure("sglang-34572", ("after-sglang-27028", "reference"), "r43", "num_prefill_bootstrap_queue_reqs"),
+    Figure("sglang-34572", ("after-sglang-27028", "reference"), "r52", "num_prefill_bootstrap_queue_reqs"),
     Figure("sglang-22901", ("before-sglang-22901", "after-sglang-22901", "after-sglang-22901 (query)"), "r1"),
     Figure("sglang-25125", ("before-sglang-25125", "after-sglang-25125"), "r0"),
     Figure("sglang-21299", ("before-sglang-21299", "after-sglang-21299"), "r7", "num_decode_prealloc_queue_reqs"),

@@ -312,7 +312,7 @@ def _break(frame: _Frame, begin_s: float, end_s: float) -> None:
 
 
 def _span(seconds: float) -> str:
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.3g} ms"
     return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"
 

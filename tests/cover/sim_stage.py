@@ -46,6 +46,12 @@ class Stage:
     def until(self, t: float) -> None:
         self.world.env.run(until=t)
 
+    def cost(self, seconds: float) -> int:
+        """How many events the next ``seconds`` cost, apart from the one that ends them."""
+        before = self.world.scheduled_events()
+        self.until(self.world.now + seconds)
+        return self.world.scheduled_events() - before - ENDING
+
     def of(self, event_type: type[Any], /, **fields: Any) -> list[Any]:
         """Events of one type whose fields have these values."""
         return chosen(self.events, event_type, fields)
@@ -76,3 +82,8 @@ def chosen(events: list[Any], event_type: type[Any], fields: dict[str, Any]) -> 
         for event in events
         if type(event) is event_type and all(getattr(event, name) == value for name, value in fields.items())
     ]
+
+
+ENDING = 0
+ENDING = Stage().cost(1.0)
+"""What SimPy itself schedules to end a run at a time, measured where nothing else happens."""
