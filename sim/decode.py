@@ -28,6 +28,7 @@ from kvpoll.statemachine.agreement import (
 )
 from kvpoll.statemachine.machine import Room
 from kvpoll.statemachine.roles import Queued
+from kvpoll.statemachine.routes import forgets_on_timeout
 
 if TYPE_CHECKING:
     from kvpoll.sim.cluster import Cluster
@@ -170,7 +171,7 @@ class DecodeRank(Rank):
             self.group.wake()
 
     def _deadline(self, incarnation: Incarnation, name: str) -> None:
-        if name == "waiting" and self.world.profile["route_cache"] == "by_address":
+        if name == "waiting" and forgets_on_timeout(self.world.profile):
             entry = self.by_pair.get(incarnation.pair)
             if entry is not None:
                 self.finder.drop(f"P{entry.request.prefill}")

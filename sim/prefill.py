@@ -21,12 +21,14 @@ from kvpoll.statemachine.agreement import (
     Report,
     Ring,
     decide_transfer,
+    follows_batch,
     intersect,
     merge_by_position,
     merge_by_request,
     stage0_decisions,
     stage_decisions,
     uses_ring,
+    watched_states,
 )
 from kvpoll.statemachine.machine import Room
 from kvpoll.statemachine.retry import register_delay_s
@@ -289,9 +291,7 @@ class PrefillRank(Rank):
 
     def _watched(self) -> list[str]:
         """Requests past the bootstrap queue whose polls this profile still looks at."""
-        states = ("Waiting", "Inflight")
-        if self.replica.stages > 1 and self.world.profile["pp_decision"] != "rank0_by_request_id":
-            states = ("Inflight", "Inflight")
+        states = watched_states(self.world.profile, self.replica.stages)
         return [rid for rid, entry in self.entries.items() if entry.state.state in states]
 
     def _hand_on(self, step: Step) -> None:
@@ -331,7 +331,7 @@ class PrefillRank(Rank):
         self._apply(decisions)
         ring = step.ring._replace(candidates=intersect(step.ring.candidates, ready))
         batch = step.batch
-        if profile["pp_decision"] != "rank0_by_request_id":
+        if not follows_batch(profile):
             batch = self._pick(len(self.kv.free))
         self._hand_on(step._replace(ring=ring))
         if self._pipeline_agrees(step, batch) and step.batch:

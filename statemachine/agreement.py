@@ -129,6 +129,22 @@ def uses_ring(profile: Profile, stages: int) -> bool:
     return stages > 1 and str(profile["pp_decision"]).startswith("consensus")
 
 
+def watched_states(profile: Profile, stages: int) -> tuple[str, ...]:
+    """In which scheduler states past the bootstrap queue a prefill group still looks at a request's poll.
+
+    With pipeline stages SGLang looks at requests in flight only, so one that fails while it waits is computed all
+    the same (A03).
+    """
+    if stages > 1 and profile["pp_decision"] != "rank0_by_request_id":
+        return ("Inflight",)
+    return ("Waiting", "Inflight")
+
+
+def follows_batch(profile: Profile) -> bool:
+    """Does a later stage compute the batch that stage 0 names, or the one that its own queue suggests?"""
+    return profile["pp_decision"] == "rank0_by_request_id"
+
+
 def stage0_decisions(
     reports: Mapping[str, Report], queue: Sequence[str], agreed: Sequence[str] | None
 ) -> list[Decision]:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from kvpoll.spec.protocol import Profile
 
 
+def forgets_on_timeout(profile: Profile) -> bool:
+    """Is a request's timeout the only thing that drops a cached endpoint (A21)?"""
+    return profile["route_cache"] == "by_address"
+
+
 def may_use(profile: Profile, endpoint_epoch: int, believed_epoch: int | None) -> bool:
     """May metadata go to an endpoint of this process epoch?
 
