@@ -246,7 +246,7 @@ class DecodeRank(Rank):
         if entry.state.state == "Running":
             self._end_running(entry, "DropAgreed")
         else:
-            entry.aborted = cause
+            entry.aborted = entry.aborted or cause
             self.deliver("AbortRequested", entry.incarnation, cause)
 
     def _open(self, request: Request) -> None:

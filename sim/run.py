@@ -103,7 +103,9 @@ class Run:
         arrivals = self.arrivals
         if arrivals is None:
             arrivals = self.scenario.workload(world.chance("workload"), self.scenario.timing.hostile_s)
-        recorder = Recorder(stream, self._header(arrivals), self.trace) if self.trace is not None or self.record else None
+        recorder = None
+        if self.trace is not None or self.record:
+            recorder = Recorder(stream, self._header(arrivals), self.trace)
         if self.collect is not None:
             stream.subscribe_all(self.collect.append)
         cluster = Cluster(world)

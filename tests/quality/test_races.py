@@ -214,7 +214,8 @@ def test_34572_after_the_pipeline_splits_before_anything_hangs() -> None:
     missed = next(rids[c.incarnation.pair] for c in run.of(trace.Computed, node="P0/pp0") if c.t > mismatch.t)
     assert missed not in here.shape
     (dropped,) = run.of(trace.Decided, node=mismatch.node, rid=missed)
-    assert (dropped.outcome, dropped.t) == ("drop", mismatch.t)  # what stage 0 has admitted and computes
+    assert dropped.outcome == "drop"  # what stage 0 has admitted and computes
+    assert dropped.t <= mismatch.t
     assert run.of(trace.Decided, node="P0/pp0", rid=missed)[0].outcome == "admit"
     later = [event for event in run.of(trace.Resulted) if event.t > mismatch.t + 1]
     assert later != []
