@@ -29,6 +29,7 @@ HOUR_S: Final = 3600.0
 LONE_PAIR: Final = Topology(
     prefill=EngineShape(tokens_per_s=120_000.0, kv_pages=4096),
     decode=EngineShape(kv_pages=8192, rows=512),
+    chunk_tokens=16_384,
 )
 """1P1D of one rank each, large enough to serve the conversation trace: what is overloaded waits, and waiting is
 cheap to simulate."""

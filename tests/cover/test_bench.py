@@ -267,6 +267,7 @@ def test_rows_say_what_reached_its_bar() -> None:
     judged = "1P1D, 3,600 s, 23 invariants on every event"
     served = "1,000 requests, 99.0% served, TTFT p50 0.20 s, broke S1"
     assert (judged, "900x real time", "1,000x: NOT reached", served) in shown
+    assert ("1P1D, 3,600 s, invariants off", "1,800x real time", "1,000x: reached", "") in shown
     assert ("1P1D, bare SimPy loop", "300,000 events in 0.50 s", "", "kvpoll takes 8.0x as long") in shown
     assert next(row.bar for row in shown if row.what.startswith("2P2D")) == "100x: reached"
     assert shown[-1] == ("an idle hour of 1P1D", "0 events", "0: reached", "")
