@@ -64,13 +64,13 @@ class BootstrapServer:
             world.after(latency_s, self._answer, client, route, "refused", None, reply)
         elif self.slow_s + latency_s * 2 > timeout_s:
             world.after(timeout_s, self._answer, client, route, "timeout", None, reply)
-            world.after(self.slow_s, self._handle_unheard, route, detail)
+            world.after(self.slow_s, self._handle_unheard, route, detail, self.epoch)
         else:
             world.after(latency_s + self.slow_s, self._handle, client, route, detail, self.epoch, reply)
 
-    def _handle_unheard(self, route: str, detail: Any) -> None:
+    def _handle_unheard(self, route: str, detail: Any, epoch: int) -> None:
         """The server does what it was asked although the client has stopped listening (C1)."""
-        if self.up:
+        if self.up and epoch == self.epoch:
             self.world.mark(self.name, "request_applied_unheard")
             self._serve(route, detail)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from kvpoll.sim.bootstrap import BootstrapServer
@@ -43,10 +44,10 @@ class Cluster:
         """Prefill engines first."""
         return [*self.prefill, *self.decode]
 
-    def start(self, servers_late: bool = False) -> None:
-        """Bring everything up; the bootstrap servers too, unless a fault holds them back."""
-        if not servers_late:
-            for server in self.servers:
+    def start(self, servers_late: Collection[str] = ()) -> None:
+        """Bring everything up; the bootstrap servers too, but for those that a fault holds back."""
+        for server in self.servers:
+            if server.name not in servers_late:
                 server.start()
         for engine in self.engines():
             engine.start()

@@ -250,6 +250,8 @@ class PrefillRank(Rank):
         self._hand_on(Step(self.step_number, commands, Ring(tuple(sent), tuple(queue), ready, agreed), batch))
         self.step_number += 1
         if batch:
+            if self.replica.stages > 1:
+                self._enter_pipe(self.step_number - 1, tuple([work.rid for work in batch]))
             yield from self._compute(batch)
         if self._in_state("Waiting"):
             self.turns.again(self.index)
@@ -337,13 +339,16 @@ class PrefillRank(Rank):
         if self._pipeline_agrees(step, batch) and step.batch:
             yield from self._compute(step.batch)
 
+    def _enter_pipe(self, number: int, shape: tuple[str, ...]) -> None:
+        group = f"{self.replica.name}/pipe{self.index}"
+        self.world.emit(CollectiveEntered(self.world.now, self.node, group, number, "forward", shape))
+
     def _pipeline_agrees(self, step: Step, batch: tuple[Work, ...]) -> bool:
         """Stage-to-stage receives match by order alone: a stage with another batch waits for ever."""
         world = self.world
         shape = tuple([work.rid for work in batch])
         if shape or step.batch:
-            group = f"{self.replica.name}/pipe{self.index}"
-            world.emit(CollectiveEntered(world.now, self.node, group, step.number, "forward", shape))
+            self._enter_pipe(step.number, shape)
         if shape == tuple(work.rid for work in step.batch) and all(work.rid in self.entries for work in step.batch):
             return True
         world.mark(self.node, "pipeline_mismatch")

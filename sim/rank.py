@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvpoll.spec.trace import IllegalFactRaised, LoopStopped, Queued, Stepped, new_event
 from kvpoll.spec.vocabulary import POLL_NUMBERS, Action, Fact, Incarnation
 from kvpoll.statemachine.agreement import Report
-from kvpoll.statemachine.machine import IllegalFact, Local, Room, RoomMachine
+from kvpoll.statemachine.machine import IllegalFact, Room, RoomMachine
 
 if TYPE_CHECKING:
     from kvpoll.sim.engine import Engine
@@ -26,7 +27,6 @@ class Timers:
         self._queues: dict[str, deque[tuple[float, Incarnation, int]]] = {name: deque() for name in durations_s}
         self._armed: dict[tuple[str, Incarnation], int] = {}
         self._token = 0
-        self._shift_s = 0.0
         self.stopped = False
 
     def arm(self, incarnation: Incarnation, name: str) -> None:
@@ -35,8 +35,12 @@ class Timers:
         queue = self._queues[name]
         duration = self.durations_s[name]
         self._armed[name, incarnation] = self._token
-        queue.append((self.world.now + duration, incarnation, self._token))
-        if len(queue) == 1:
+        timer = (self.world.now + duration, incarnation, self._token)
+        if queue and timer[0] < queue[-1][0]:  # those armed before the wall clock was set back run longer
+            insort(queue, timer, key=lambda each: each[0])
+        else:
+            queue.append(timer)
+        if queue[0] is timer:
             self.world.after(duration, self._ring, name)
 
     def cancel(self, incarnation: Incarnation, name: str) -> None:
@@ -54,16 +58,16 @@ class Timers:
                    for name, queue in self._queues.items() for due, who, token in queue)  # fmt: skip
 
     def jump(self, offset_s: float) -> None:
-        """The wall clock moved: timers that compare it ring early (or late)."""
-        self._shift_s += offset_s
-        for name in self._queues:
+        """The wall clock moved: timers that run, and compare it, ring early (or late); later ones do not care."""
+        for name, queue in self._queues.items():
+            self._queues[name] = deque((due - offset_s, incarnation, token) for due, incarnation, token in queue)
             self._ring(name)
 
     def _ring(self, name: str) -> None:
         if self.stopped:
             return
         queue = self._queues[name]
-        now = self.world.now + self._shift_s
+        now = self.world.now
         while queue and (queue[0][0] <= now + 1e-9 or self._armed.get((name, queue[0][1])) != queue[0][2]):
             _, incarnation, token = queue.popleft()
             if self._armed.get((name, incarnation)) == token:
@@ -123,7 +127,7 @@ class Rank:
             else:
                 self.rooms[number] = after
         if after is not room or actions:
-            if actions or self._is_news(room.local, after.local):
+            if actions or self._is_news(room, after):
                 self._tell(room, after, kind, incarnation, detail, actions)
             for action in actions:
                 self._actions[action.kind](action, origin)
@@ -131,10 +135,15 @@ class Rank:
                 self.poll_changed(after)
         return True
 
-    def _is_news(self, before: Local, after: Local) -> bool:
-        """Progress inside a state (one write more, routes noted) concerns no invariant; only a recorder hears it."""
-        changed = before.poll is not after.poll or before.lease is not after.lease or before.arrived != after.arrived
-        return changed or self.world.stream.recording
+    def _is_news(self, room: Room, after: Room) -> bool:
+        """Progress inside a state (one write more, routes noted) concerns no invariant; only a recorder hears it.
+
+        A new owner (R2) and a new identity (S2, S12) do concern one, although neither poll nor lease moves.
+        """
+        before, now = room.local, after.local
+        changed = before.poll is not now.poll or before.lease is not now.lease or before.arrived != now.arrived
+        taken = before.owned is not now.owned or room.incarnation != after.incarnation
+        return changed or taken or self.world.stream.recording
 
     def _tell(self, room: Room, after: Room, kind: str, meant_for: Incarnation, detail: Any, actions: Any) -> None:
         before, now = room.local, after.local

@@ -153,7 +153,7 @@ class Run:
 
     def _play(self, world: World, cluster: Cluster, injector: Injector, arrivals: list[Arrival]) -> None:
         timing = self.scenario.timing
-        late = any(fault.kind.name == "bootstrap_late" for fault in injector.faults)
+        late = {fault.target for fault in injector.faults if fault.kind.name == "bootstrap_late"}
         injector.schedule()
         cluster.start(servers_late=late)
         world.env.process(_arrive(world, cluster, arrivals))

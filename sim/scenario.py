@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvpoll.sim.faults import Fault, kinds
+from kvpoll.sim.faults import Fault, Kind, kinds
 from kvpoll.sim.topology import EngineShape, Topology, rank_names
 from kvpoll.sim.workload import Arrival, Fixed, Lengths, Lognormal, bursts, poisson, read_mooncake, synthetic
 from kvpoll.spec.invariants import INVARIANTS
@@ -25,6 +26,17 @@ from kvpoll.statemachine.mapping import Sizes
 
 SCENARIOS = Path(__file__).with_name("scenarios")
 RANKS_MAX = 1024
+PAGES_MAX = 10_000_000
+
+SHARES = ("share", "places")
+"""Parameters that are a fraction of something."""
+
+WHOLE = ("stage", "count", "shift")
+"""Parameters that count something."""
+
+KIND_NAMES = {bool: "true or false", str: "text in quotes", int: "a whole number", float: "a number"}
+
+SIDES = ("client", "prefill", "decode", "both")
 
 
 @dataclass(frozen=True)
@@ -190,6 +202,8 @@ def _check_scalar(source: Source, path: tuple[str | int, ...], name: str, value:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise source.error(path, f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise source.error(path, f"{name} must be a finite number, got {value!r}")
     if value < 0:
         raise source.error(path, f"{name} must not be negative, got {value!r}")
     if isinstance(default, int) and not isinstance(value, int):
@@ -204,6 +218,8 @@ def _topology(source: Source) -> Topology:
     source.require_known(("topology",), entry, [*base, *shapes], "key")
     for name, value in entry.items():
         _check_scalar(source, ("topology", name), name, value, base[name])
+        if value == 0 and not isinstance(value, bool) and name not in ("latency_s", "http_latency_s"):
+            raise source.error(("topology", name), f"this cluster cannot exist: {name} is 0")
     balances = ("follow_bootstrap_room", "total_requests", "total_tokens")
     if entry.get("load_balance", balances[0]) not in balances:
         raise source.error(
@@ -213,8 +229,13 @@ def _topology(source: Source) -> Topology:
     topology = Topology(prefill=shapes["prefill"], decode=shapes["decode"], **entry)
     problem = topology.check()
     if problem is not None:
-        raise source.error(("topology",), f"this cluster cannot exist: {problem}")
+        raise source.error(_first_topology(source), f"this cluster cannot exist: {problem}")
     return topology
+
+
+def _first_topology(source: Source) -> tuple[str | int, ...]:
+    """Where a file speaks of its cluster as a whole: [topology], or the first table below it."""
+    return ("topology", *list(source.data["topology"])[:1]) if source.line_of(("topology",)) == 1 else ("topology",)
 
 
 def _shape(source: Source, side: str, entry: Mapping[str, Any]) -> EngineShape:
@@ -225,11 +246,16 @@ def _shape(source: Source, side: str, entry: Mapping[str, Any]) -> EngineShape:
     source.require_known(path, rest, [*fields, *Sizes._fields], "key")
     for name, value in {**sizes, **rest}.items():
         _check_scalar(source, (*path, name), name, value, fields.get(name, 1))
-        if name in (*Sizes._fields, "count") and value > RANKS_MAX:
-            raise source.error((*path, name), f"{side} {name} is {value}; at most {RANKS_MAX} are simulated")
+        most = PAGES_MAX if name in ("kv_pages", "rows", "slots") else RANKS_MAX
+        if isinstance(fields.get(name, 1), int) and value > most:
+            raise source.error((*path, name), f"{side} {name} is {value}; at most {most} are simulated")
         if value == 0 and name != "skew":
             raise source.error((*path, name), f"this cluster cannot exist: {side} {name} is 0")
-    return EngineShape(sizes=Sizes(**sizes), **rest)
+    shape = EngineShape(sizes=Sizes(**sizes), **rest)
+    ranks = shape.count * math.prod(shape.sizes)
+    if ranks > RANKS_MAX:
+        raise source.error(path, f"{side} has {ranks} ranks; at most {RANKS_MAX} are simulated")
+    return shape
 
 
 def _fault(source: Source, index: int, entry: Mapping[str, Any], topology: Topology) -> Fault:
@@ -249,8 +275,14 @@ def _fault(source: Source, index: int, entry: Mapping[str, Any], topology: Topol
             raise source.error((*path, name), f"{name} must not be negative, got {value!r}")
         if name in entry:
             _check_parameter(source, (*path, name), name, value, kind.parameters[name])
+    stages = topology.prefill.sizes.pp
+    if parameters.get("stage", 0) >= stages:
+        raise source.error((*path, "stage"), f"stage must be below {stages}, prefill's stages, got {entry['stage']!r}")
     target = entry.get("target", "R")
+    if "peer" in parameters:
+        _check_target(source, (*path, "peer"), parameters["peer"], topology)
     _check_target(source, (*path, "target"), target, topology)
+    _check_victim(source, path, kind, target)
     trigger = entry.get("trigger")
     if trigger is not None:
         _check_trigger(source, (*path, "trigger"), trigger)
@@ -272,8 +304,26 @@ def _check_parameter(source: Source, path: tuple[str | int, ...], name: str, val
         wanted = (bool,)
     elif name in ("peer", "side"):
         wanted = (str,)
+    elif name in WHOLE:
+        wanted = (int,)
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        raise source.error(path, f"{name} must be a {wanted[-1].__name__}, got {value!r}")
+        raise source.error(path, f"{name} must be {KIND_NAMES[wanted[-1]]}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise source.error(path, f"{name} must be a finite number, got {value!r}")
+    if name in SHARES and isinstance(value, int | float) and value > 1:
+        raise source.error(path, f"{name} must be between 0 and 1, got {value!r}")
+    if name == "side" and value not in SIDES:
+        raise source.error(path, f"unknown side {value!r}{nearest(value, SIDES)}")
+
+
+def _check_victim(source: Source, path: tuple[str | int, ...], kind: Kind, target: str) -> None:
+    """A fault of servers, engines or writers needs one of them as its target."""
+    wanted = {"server": "B", "any_engine": "PD", "prefill_engine": "PR", "prefill_rank": "P*"}.get(
+        kind.draw.get("target", ""), ""
+    )
+    if wanted and target[0] not in wanted:
+        what = {"B": "a bootstrap server (B0)", "PD": "an engine or rank (P0, D0)"}.get(wanted, "a prefill node (P0)")
+        raise source.error((*path, "target"), f"fault {kind.name!r} needs {what} as its target, got {target!r}")
 
 
 def _check_target(source: Source, path: tuple[str | int, ...], target: str, topology: Topology) -> None:
@@ -347,15 +397,21 @@ def _workload(source: Source, entry: Mapping[str, Any]) -> Callable[[random.Rand
         if key not in ("kind", "path", "requests") and key in entry:
             whole = key.endswith("_tokens")
             _check_scalar(source, ("workload", key), key, entry[key], 0 if whole else 0.0)
+            if entry[key] == 0 and not (kind == "bursts" and key == "rate_per_s"):
+                raise source.error(("workload", key), f"{key} must be above 0")
     _check_shapes(source, ("workload",), entry, {"path": TEXT, "requests": TABLES})
     if kind == "requests":
         return _listed(source, entry["requests"])
     if kind == "synthetic":
         return lambda chance, until_s: synthetic(chance, until_s)
     if kind == "mooncake":
+        if not Path(entry["path"]).is_file():
+            raise source.error(("workload", "path"), f"path {entry['path']!r} is no file; give a Mooncake-format trace")
         return lambda chance, until_s: read_mooncake(Path(entry["path"]), until_s)
     lengths = Lengths(_lengths(entry["input_tokens"]), _lengths(entry["output_tokens"]))
     limit = entry.get("until_s", float("inf"))
+    if kind == "bursts" and entry["period_s"] <= entry["burst_s"]:
+        raise source.error(("workload", "period_s"), f"period_s must be above burst_s ({entry['burst_s']!r})")
     if kind == "poisson":
         return lambda chance, until_s: poisson(chance, entry["rate_per_s"], min(until_s, limit), lengths)
     return lambda chance, until_s: bursts(
@@ -377,5 +433,7 @@ def _listed(source: Source, entries: list[Mapping[str, Any]]) -> Callable[[rando
             if name not in entry:
                 raise source.error(path, f"a request needs `{name}`")
             _check_scalar(source, path, name, entry[name], 0.0 if name == "at_s" else 0)
+            if entry[name] == 0 and name != "at_s":
+                raise source.error(path, f"{name} must be above 0")
         arrivals.append(Arrival(float(entry["at_s"]), entry["input_tokens"], entry["output_tokens"]))
     return lambda chance, until_s: sorted(arrivals)

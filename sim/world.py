@@ -104,6 +104,7 @@ class Network:
         self.on_restored: Callable[[str, str], None] = lambda left, right: None
         self._last: dict[tuple[str, str], float] = {}
         self._broken: set[tuple[str, str]] = set()
+        self._unsent: list[tuple[Any, ...]] = []
         self._serial = 0
         self._jitter = world.chance("latency")
         self._copies = world.chance("duplicates")
@@ -162,6 +163,8 @@ class Network:
             self._broken.add((node, to))
             world.mark(node, "message_lost")
             world.emit(Lost(world.now, to, node, message, incarnation, serial))
+            if "R" in (node, to) and world.profile["resend_on_reconnect"] == "yes":
+                self._unsent.append(parcel)
             return
         if not world.alive.get(engine_of(to), True) or world.epochs.get(engine_of(to), 0) != epoch:
             world.emit(Lost(world.now, to, node, message, incarnation, serial))
@@ -178,6 +181,17 @@ class Network:
         for one, other in pairs:
             self.world.mark(one, "link_restored")
             self.on_restored(one, other)
+        self._send_again()
+
+    def _send_again(self) -> None:
+        """What router and engines could not tell each other is told when the link is back; nobody else will."""
+        unsent, self._unsent = self._unsent, []
+        for parcel in unsent:
+            node, to, message, incarnation, _, epoch, deliver, arguments = parcel
+            if self.is_severed(node, to):
+                self._unsent.append(parcel)
+            elif self.world.epochs.get(engine_of(to), 0) == epoch:
+                self.send(node, to, message, incarnation, deliver, *arguments)
 
 
 def covers(prefix: str, node: str) -> bool:

@@ -225,7 +225,7 @@ def check_rule_values(
             raise source.error((*path, name), f"rule {name!r} must be one of {', '.join(rule.values)}, got {value!r}")
         if rule.kind == "choice" and value not in rule.values:
             raise source.error((*path, name), f"rule {name!r} has no value {value!r}{nearest(value, rule.values)}")
-        if rule.kind == "number" and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):
+        if rule.kind == "number" and (type(value) not in (int, float) or not 0 <= value < float("inf")):
             raise source.error(
                 (*path, name), f"rule {name!r} is a number of {rule.unit} and not negative, got {value!r}"
             )

@@ -43,6 +43,8 @@ class Source:
             self.data: dict[str, Any] = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise BadInput(f"{self.name}:{_line_in(error, text)}: not valid TOML: {error}") from None
+        except RecursionError:
+            raise BadInput(f"{self.name}:1: nested too deeply to be read") from None
         self._lines = _index(text)
 
     def line_of(self, path: tuple[str | int, ...]) -> int:
