@@ -34,6 +34,7 @@ class Cluster:
         self.decode: list[DecodeEngine] = []
         self.prefill = [PrefillEngine(self, number) for number in range(count)]
         self.decode = [DecodeEngine(self, number) for number in range(self.topology.decode.count)]
+        self._engines = {engine.name: engine for engine in self.engines()}
         self.router = Router(self)
         self.unique_indices = self._unique_indices()
         for engine in self.engines():
@@ -64,7 +65,7 @@ class Cluster:
 
     def engine(self, name: str) -> Engine | None:
         """The engine of that name."""
-        return next((engine for engine in self.engines() if engine.name == name), None)
+        return self._engines.get(name)
 
     def server_of(self, engine: str) -> BootstrapServer:
         """The bootstrap server of a prefill engine."""

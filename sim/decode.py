@@ -128,7 +128,7 @@ class DecodeRank(Rank):
     def _notify_prefill(self, action: Action, origin: Any) -> None:
         own = action.incarnation
         for peer in self.peers.get(self.key(own), ()):
-            theirs = own._replace(epoch=peer.epoch)
+            theirs = Incarnation(own.room, own.attempt, peer.epoch)
             self.world.network.send(
                 self.node, peer.node, "Abort", theirs, self.decode_engine.cluster.abort_at,
                 peer.node, theirs, self.tp, self.node, own,
@@ -157,7 +157,7 @@ class DecodeRank(Rank):
             return
         world = self.world
         for peer in self.peers.get(self.key(own), ()):
-            theirs = own._replace(epoch=peer.epoch)
+            theirs = Incarnation(own.room, own.attempt, peer.epoch)
             current = world.epochs[peer.node.partition("/")[0]]
             world.emit(Addressed(world.now, self.node, own, peer.node, peer.epoch, current))
             destination = Destination(self, own, self.tp, () if peer.dummy else entry.pages, entry.row)
@@ -206,7 +206,7 @@ class DecodeRank(Rank):
         commands = tuple(self.commands) if self.index == 0 else ()
         if self.index == 0:
             self.commands.clear()
-        taken = sum(entry.state.state != "Preallocation" for entry in self.entries.values())
+        taken = len(self.entries) - sum(entry.state.state == "Preallocation" for entry in self.waiting.values())
         memory = Memory(len(self.kv.free), len(self.aux.free), self.engine.shape.slots - taken)
         mine = {rid: self._own_report(entry) for rid, entry in self.waiting.items()}
         if self.world.profile["agreement"] == "by_request_id":
@@ -362,7 +362,7 @@ class DecodeRank(Rank):
     def _commit(self, entry: Entry) -> None:
         """The transfer is over: the request starts to decode from its pages."""
         world, own = self.world, entry.incarnation
-        contents = tuple([dict(self.kv.contents[page]) for page in entry.pages])
+        contents = tuple([self.kv.contents[page].copy() for page in entry.pages])
         components = tuple(peer.node for peer in self.peers.get(self.key(own), ()) if not peer.dummy)
         row_pair = self.row_owners[entry.row] if entry.row >= 0 else None
         world.emit(Committed(world.now, self.node, own, components, contents, row_pair))

@@ -70,7 +70,7 @@ class Engine:
         world = self.world
         world.alive[self.name] = False
         for rank in self.ranks.values():
-            rank.timers.stopped = True
+            rank.over = rank.timers.stopped = True
             world.emit(NodeStopped(world.now, rank.node, self.epoch))
         self.detectors = []
         self.on_crash(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvpoll.spec.trace import PageTag, Pair, Released, Reserved
+from kvpoll.spec.trace import PageTag, Pair, Released, Reserved, new_event
 from kvpoll.spec.vocabulary import Incarnation
 
 
@@ -41,7 +41,7 @@ class Pool:
         del self.free[cut:]
         self.held[incarnation.pair] = pages
         world = self.world
-        world.emit(Reserved(world.now, self.node, self.kind, incarnation, pages))
+        world.emit(new_event(Reserved, (world.now, self.node, self.kind, incarnation, pages)))
         return pages
 
     def release(self, incarnation: Incarnation) -> None:
@@ -52,7 +52,7 @@ class Pool:
         self.quarantined.discard(incarnation.pair)
         self.free.extend(pages)
         world = self.world
-        world.emit(Released(world.now, self.node, self.kind, incarnation, pages, len(self.free)))
+        world.emit(new_event(Released, (world.now, self.node, self.kind, incarnation, pages, len(self.free))))
 
     def quarantine(self, incarnation: Incarnation) -> None:
         """Keep the pages out of use until the writer is proven quiet."""

@@ -11,7 +11,7 @@ from kvpoll.sim.pools import Pool
 from kvpoll.sim.rank import NOTHING_TO_DO, Rank
 from kvpoll.sim.topology import rank_name
 from kvpoll.sim.transport import Destination
-from kvpoll.spec.trace import CollectiveEntered, Computed, Decided
+from kvpoll.spec.trace import CollectiveEntered, Computed, Decided, new_event
 from kvpoll.spec.vocabulary import Action, Incarnation
 from kvpoll.statemachine import dp_rank
 from kvpoll.statemachine.agreement import (
@@ -495,7 +495,7 @@ class PrefillRank(Rank):
         world, page_tokens = self.world, self.world.topology.page_tokens
         entry.computed = work.first + work.tokens
         chunk, entry.chunk = entry.chunk, entry.chunk + 1
-        world.emit(Computed(world.now, self.node, entry.incarnation, chunk))
+        world.emit(new_event(Computed, (world.now, self.node, entry.incarnation, chunk)))
         if self._poll(entry) in ("WaitingForInput", "Transferring") and entry.pages:
             first = work.first // page_tokens
             pages = entry.pages[first : -(-entry.computed // page_tokens)]

@@ -98,6 +98,7 @@ class Rank:
         self.timers = Timers(self.world, timers_s, self._deadline)
         self.gauges: dict[str, int] = {}
         self.stopped = False
+        self.over = False
         self.chance = self.world.chance(f"{node}/{engine.epoch}")
         self.pace = 1.0 + self.chance.uniform(0.0, engine.shape.skew)
         self._actions: dict[str, Callable[[Action, Any], None]] = {
@@ -109,12 +110,12 @@ class Rank:
 
     def deliver(self, kind: str, incarnation: Incarnation, detail: Any = None, origin: Any = None) -> bool:
         """Offer a fact to its room and carry out what the machine orders. False when the fact was illegal."""
-        number = incarnation.room
+        number = incarnation[0]
         room = self.rooms.get(number)
         if room is None:
             room = self.machine.absent(Incarnation(number, 0, self.engine.epoch))
         try:
-            after, actions = self.machine.step_room(room, Fact(kind, incarnation, detail))
+            after, actions = self.machine.step_room(room, new_event(Fact, (kind, incarnation, detail)))
         except IllegalFact as error:
             self._illegal(error, incarnation)
             return False
@@ -147,11 +148,13 @@ class Rank:
 
     def _tell(self, room: Room, after: Room, kind: str, meant_for: Incarnation, detail: Any, actions: Any) -> None:
         before, now = room.local, after.local
-        own = after.incarnation if after.incarnation == meant_for else room.incarnation
+        own = after.incarnation
+        if own is not meant_for and own != meant_for:
+            own = room.incarnation
         world = self.world
         world.emit(new_event(Stepped, (
             world.now, self.node, self.role, own, kind, meant_for, detail, before.poll, now.poll,
-            before.lease, now.lease, now.cause, tuple([action.kind for action in actions]),
+            before.lease, now.lease, now.cause, tuple([action[0] for action in actions]),
         )))  # fmt: skip
 
     def _illegal(self, error: IllegalFact, incarnation: Incarnation) -> None:
@@ -184,19 +187,20 @@ class Rank:
 
     def key(self, incarnation: Incarnation) -> tuple[int, ...]:
         """What the driver's own tables of a room are keyed by: the identity that the profile believes in."""
-        return incarnation.pair if self.strict else (incarnation.room,)
+        return incarnation[:2] if self.strict else incarnation[:1]
 
     def is_over(self) -> bool:
         """Has this life of the process ended, or its loop?"""
-        return self.stopped or not self.engine.up or self.engine.epoch != self.epoch
+        return self.over or self.stopped
 
     def report(self, incarnation: Incarnation) -> Report:
         """Poll and cause of a room, as the scheduler sees them; a missing or foreign room is Failed (A22)."""
-        room = self.rooms.get(incarnation.room)
-        if room is None or (room.incarnation.attempt != incarnation.attempt):
+        room = self.rooms.get(incarnation[0])
+        if room is None or room.incarnation[1] != incarnation[1]:
             return Report(0, "room_lost")
         local = room.local
-        return Report(POLL_NUMBERS.get(local.poll, 0), local.cause)
+        report: Report = new_event(Report, (POLL_NUMBERS.get(local.poll, 0), local.cause))
+        return report
 
     def queue(self, name: str, rid: str, delta: int) -> None:
         """A request entered or left a queue; the gauge follows."""

@@ -261,6 +261,7 @@ def _shape(source: Source, side: str, entry: Mapping[str, Any]) -> EngineShape:
 def _fault(source: Source, index: int, entry: Mapping[str, Any], topology: Topology) -> Fault:
     path = ("fault", index)
     known = kinds()
+    _check_named(source, path, entry, "kind", "a fault")
     kind = known.get(entry.get("kind", ""))
     if kind is None:
         raise source.error((*path, "kind"), f"unknown fault {entry.get('kind')!r}{nearest(entry.get('kind'), known)}")
@@ -336,7 +337,13 @@ def _check_target(source: Source, path: tuple[str | int, ...], target: str, topo
         raise source.error(path, f"no node {target!r} in this cluster{nearest(target, valid)}")
 
 
+def _check_named(source: Source, path: tuple[str | int, ...], entry: Mapping[str, Any], key: str, what: str) -> None:
+    if key not in entry:
+        raise source.error(path, f"{what} needs `{key}`")
+
+
 def _check_trigger(source: Source, path: tuple[str | int, ...], trigger: Mapping[str, Any]) -> None:
+    _check_named(source, path, trigger, "event", "a trigger")
     if not isinstance(trigger.get("event"), str) or trigger["event"] not in EVENTS:
         raise source.error(path, f"unknown trace event {trigger.get('event')!r}{nearest(trigger.get('event'), EVENTS)}")
     source.require_known(path, trigger, ("event", *EVENTS[trigger["event"]]._fields), "field")
@@ -345,6 +352,7 @@ def _check_trigger(source: Source, path: tuple[str | int, ...], trigger: Mapping
 def _expectation(source: Source, index: int, entry: Mapping[str, Any], protocol: Protocol) -> Expectation:
     path = ("expect", index)
     source.require_known(path, entry, ("profile", "label", "rules", "shows", "follows", "marks", "causes"), "key")
+    _check_named(source, path, entry, "profile", "an expectation")
     profile = entry.get("profile")
     if profile not in protocol.profiles:
         raise source.error((*path, "profile"), f"unknown profile {profile!r}{nearest(profile, protocol.profiles)}")
@@ -352,7 +360,7 @@ def _expectation(source: Source, index: int, entry: Mapping[str, Any], protocol:
     for key in ("shows", "follows"):
         for name in entry.get(key, []):
             if name not in INVARIANTS:
-                raise source.error((*path, key), f"unknown invariant {name!r}{nearest(name, INVARIANTS)}")
+                raise source.error((*path, key), f"unknown invariant {name!r}{nearest(name.upper(), INVARIANTS)}")
     shows = tuple(entry.get("shows", ()))
     assert isinstance(profile, str)
     return Expectation(
@@ -387,7 +395,8 @@ WORKLOAD_KEYS: dict[str, tuple[str, ...]] = {
 
 
 def _workload(source: Source, entry: Mapping[str, Any]) -> Callable[[random.Random, float], list[Arrival]]:
-    kind = entry.get("kind")
+    _check_named(source, ("workload",), entry, "kind", "a workload")
+    kind = entry["kind"]
     if not isinstance(kind, str) or kind not in WORKLOAD_KEYS:
         raise source.error(("workload", "kind"), f"unknown workload {kind!r}{nearest(kind, WORKLOAD_KEYS)}")
     source.require_known(("workload",), entry, WORKLOAD_KEYS[kind], "key")

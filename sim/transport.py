@@ -53,6 +53,9 @@ class Transport:
         self._busy: dict[str, float] = {}
         self._serial = 0
         self._draw = world.chance("writes")
+        topology = world.topology
+        self._page_bytes = topology.page_tokens * topology.kv_bytes_per_token
+        self._share = topology.prefill.sizes.pp * max(topology.prefill.sizes.tp, topology.decode.sizes.tp)
 
     def post(self, source: Any, destination: Destination, chunk: int, first: int, source_pages: tuple[int, ...],
              last: bool, done: Callable[..., None]) -> None:  # fmt: skip
@@ -62,10 +65,10 @@ class Transport:
         target = destination.rank
         pages = destination.pages[first : first + len(source_pages)]
         row = destination.row if last else None
-        world.emit(WritePosted(
+        world.emit(new_event(WritePosted, (
             world.now, source.node, self._serial, destination.incarnation, target.node, chunk, last,
             source_pages, pages, row,
-        ))  # fmt: skip
+        )))  # fmt: skip
         start = max(world.now, self._busy.get(source.node, 0.0), self._busy.get(target.node, 0.0))
         end = start + self._duration_s(source, target, len(pages))
         self._busy[source.node] = self._busy[target.node] = end
@@ -79,8 +82,7 @@ class Transport:
 
     def _duration_s(self, source: Any, target: Any, pages: int) -> float:
         topology = self.world.topology
-        share = topology.prefill.sizes.pp * max(topology.prefill.sizes.tp, topology.decode.sizes.tp)
-        size = max(1, pages) * topology.page_tokens * topology.kv_bytes_per_token / share
+        size = max(1, pages) * self._page_bytes / self._share
         factor = 1.0
         for prefix, slowdown in self.slow:
             if covers(prefix, source.node) or covers(prefix, target.node):
@@ -100,8 +102,9 @@ class Transport:
         if self._is_cut(write):
             self.fail(write, settle_s=1.0)
             return
-        self.land(write, len(write.pages))
-        self.settle(write, ok=True)
+        self._place(write, write.pages)
+        world = self.world
+        world.emit(new_event(WriteSettled, (world.now, write.source.node, write.serial, True)))
         write.done("completed")
 
     def _is_cut(self, write: Write) -> bool:
@@ -117,21 +120,22 @@ class Transport:
 
     def land(self, write: Write, count: int) -> None:
         """Place the first ``count`` pages of a write, whoever owns them now; the aux row with the last of all."""
-        if self.is_writer_gone(write) or self._is_cut(write):
-            return
+        if not self.is_writer_gone(write) and not self._is_cut(write):
+            self._place(write, write.pages[:count])
+
+    def _place(self, write: Write, pages: tuple[int, ...]) -> None:
         world, target = self.world, write.destination.rank
         pair, source = write.destination.incarnation.pair, write.source.component
         contents = target.kv.contents
         part, chunk = write.first, write.chunk
-        for page in write.pages[:count]:
+        for page in pages:
             contents[page][source] = new_event(PageTag, (pair, source, part, chunk))
             part += 1
-        if write.last and count == len(write.pages):
+        if write.last and len(pages) == len(write.pages):
             target.place_row(write.destination.row, pair)
         if world.stream.wants(WriteLanded):
-            world.emit(
-                WriteLanded(world.now, target.node, write.serial, write.destination.incarnation, write.pages[:count])
-            )
+            landed = (world.now, target.node, write.serial, write.destination.incarnation, pages)
+            world.emit(new_event(WriteLanded, landed))
 
     def settle(self, write: Write, ok: bool) -> None:
         """No byte of this write moves any more."""

@@ -48,7 +48,7 @@ class Incarnation(NamedTuple):
     @property
     def pair(self) -> tuple[int, int]:
         """What the prefill and the decode side have in common: (room, attempt)."""
-        return (self.room, self.attempt)
+        return self[:2]
 
 
 class Fact(NamedTuple):

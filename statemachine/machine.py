@@ -48,10 +48,13 @@ class IllegalFact(Exception):
     """A machine was offered a fact that its table declares illegal in this state. Nothing moved."""
 
     def __init__(self, role: str, state: str, fact: str) -> None:
-        super().__init__(f"{fact} is illegal for a {role} in {state}")
+        super().__init__(role, state, fact)
         self.role = role
         self.state = state
         self.fact = fact
+
+    def __str__(self) -> str:
+        return f"{self.fact} is illegal for a {self.role} in {self.state}"
 
 
 class Local(NamedTuple):
@@ -97,21 +100,17 @@ class Machine:
         self._poll = _compile(role.table, profile)
         self._lease = _compile(role.lease, profile) if role.lease is not None else {}
         self._joint = [joint for joint in role.joint if joint.row.exists_in(profile)]
-        self._taken: dict[tuple[Any, str], tuple[Any, Orders]] = {}
+        self._taken: dict[tuple[Any, str, Any], tuple[Any, Orders]] = {}
         _check_names(role)
 
     def step(self, state: Any, fact: str, detail: Any = None) -> tuple[Any, Orders]:
         """Next state and orders, each order being (action name, detail). Raises IllegalFact; then nothing moved."""
-        if detail is None and not self._lease:
-            return self._step_remembered(state, fact)
-        return self._step(state, fact, detail)
-
-    def _step_remembered(self, state: Any, fact: str) -> tuple[Any, Orders]:
-        """A small role's step on a fact without detail: one of a handful, so it is taken once."""
         try:
-            return self._taken[state, fact]
+            return self._taken[state, fact, detail]
         except KeyError:
-            result = self._taken[state, fact] = self._step(state, fact, None)
+            if len(self._taken) >= MEMO_LIMIT:
+                self._taken.clear()
+            result = self._taken[state, fact, detail] = self._step(state, fact, detail)
             return result
 
     def _step(self, state: Any, fact: str, detail: Any) -> tuple[Any, Orders]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 from kvpoll.spec import trace
 from kvpoll.spec.invariants.monitor import Monitor, Recent, said
@@ -11,6 +12,9 @@ from kvpoll.spec.trace import PageTag, Pair
 
 Place = tuple[str, str]
 """(node, pool): where a page number means something."""
+
+
+NOTHING: Final[frozenset[int]] = frozenset()
 
 
 def _places(write: trace.WritePosted) -> Iterator[tuple[Place, tuple[int, ...]]]:
@@ -30,40 +34,44 @@ class PageLifetime(Monitor):
     A stopped node has lost its memory, so its pages are forgotten and writes from and to it count as settled; a
     write posted later to a life of its target that is over reaches nobody (its registration died with it).
 
-    Looking up each page of each write would cost more than the rest of the watch. A page is only looked up
-    once it *dangles*: a write is out on it and the write's own pair does not own it (any more).
+    Looking up each page of each write would cost more than the rest of the watch. Pages are held in sets, one for
+    each pair, and compared as sets; a page is only looked up once it *dangles*: a write is out on it and the
+    write's own pair does not own it (any more).
     """
 
     invariant = "S1"
 
     def begin(self) -> None:
-        self._held: defaultdict[Place, dict[Pair, frozenset[int]]] = defaultdict(dict)
         self._owned: defaultdict[Place, set[int]] = defaultdict(set)
+        self._owners: defaultdict[Place, dict[Pair, set[int]]] = defaultdict(dict)
         self._ended: dict[str, int] = {}
         self._writes: dict[int, trace.WritePosted] = {}
-        self._touching: dict[tuple[str, Pair], set[int]] = {}
+        self._touching: dict[Pair, set[int]] = {}
         self._dangling: dict[Place, dict[int, set[int]]] = {}
 
     def on_reserved(self, event: trace.Reserved) -> None:
-        place, pair = (event.node, event.pool), event.incarnation[:2]
-        owned, held = self._owned[place], self._held[place]
-        if not owned.isdisjoint(event.pages):
-            self._take_away(place, pair, owned.intersection(event.pages))
+        place = (event.node, event.pool)
+        owned, pages, pair = self._owned[place], event.pages, event.incarnation[:2]
+        if not owned.isdisjoint(pages):
+            self._take_over(place, pages)
         if place in self._dangling:
             self._judge_handover(event, pair, self._dangling[place])
-        owned.update(event.pages)
-        known = held.get(pair)
-        held[pair] = frozenset(event.pages) if known is None else known.union(event.pages)
+        owned.update(pages)
+        owners = self._owners[place]
+        if pair in owners:
+            owners[pair].update(pages)
+        else:
+            owners[pair] = set(pages)
 
-    def _take_away(self, place: Place, taker: Pair, pages: set[int]) -> None:
-        """Pages pass to somebody else although their owner has not released them."""
-        for owner, theirs in list(self._held[place].items()):
-            lost = theirs & pages
-            if owner != taker and lost:
-                self._held[place][owner] = theirs - lost
-                if theirs == lost:
-                    del self._held[place][owner]
-                self._loosen(place, owner, tuple(lost))
+    def _take_over(self, place: Place, pages: tuple[int, ...], unless: Pair | None = None) -> None:
+        """These pages are nobody's from now on; writes of their owners dangle, but for those of one pair."""
+        owners = self._owners[place]
+        for pair in [pair for pair, theirs in owners.items() if not theirs.isdisjoint(pages)]:
+            if pair != unless:
+                self._loosen(place, pair, tuple(owners[pair].intersection(pages)))
+            owners[pair].difference_update(pages)
+            if not owners[pair]:
+                del owners[pair]
 
     def _judge_handover(self, event: trace.Reserved, pair: Pair, dangling: dict[int, set[int]]) -> None:
         page = next((page for page in event.pages if page in dangling), None)
@@ -76,20 +84,19 @@ class PageLifetime(Monitor):
             self.violate(event.t, event.node, pair, text)
 
     def on_released(self, event: trace.Released) -> None:
-        place, pair = (event.node, event.pool), event.incarnation[:2]
-        held = self._held[place]
-        own = held.pop(pair, frozenset())
-        left = own.difference(event.pages)
-        if left:
-            held[pair] = left
-        if not own.issuperset(event.pages):
-            self._take_away(place, pair, set(event.pages) - own)
-        self._owned[place].difference_update(event.pages)
-        if (event.node, pair) in self._touching:
-            self._loosen(place, pair, event.pages)
+        place, pair, pages = (event.node, event.pool), event.incarnation[:2], event.pages
+        if pair in self._touching:
+            self._loosen(place, pair, pages)
+        owners = self._owners[place]
+        own = owners.get(pair, NOTHING)
+        if len(own) == len(pages) and own.issuperset(pages):
+            del owners[pair]
+        else:
+            self._take_over(place, pages, unless=pair)
+        self._owned[place].difference_update(pages)
 
     def _loosen(self, place: Place, pair: Pair, pages: tuple[int, ...]) -> None:
-        for number in self._touching.get((place[0], pair), ()):
+        for number in self._touching.get(pair, ()):
             for touched_place, touched in _places(self._writes[number]):
                 if touched_place == place:
                     self._dangle(place, set(touched).intersection(pages), number)
@@ -100,31 +107,28 @@ class PageLifetime(Monitor):
 
     def on_write_posted(self, event: trace.WritePosted) -> None:
         number, pair = event.write, event.incarnation[:2]
-        self._settle(number)
+        if number in self._writes:
+            self._settle(number)
         if event.incarnation.epoch <= self._ended.get(event.target, -1):
             event = event._replace(target_pages=(), row=None)
         self._writes[number] = event
-        self._touching.setdefault((event.node, pair), set()).add(number)
-        self._touching.setdefault((event.target, pair), set()).add(number)
+        if pair in self._touching:
+            self._touching[pair].add(number)
+        else:
+            self._touching[pair] = {number}
         for place, pages in _places(event):
-            own = self._held[place].get(pair, frozenset())
+            own = self._owners[place].get(pair, NOTHING)
             if not own.issuperset(pages):
-                self._dangle(place, set(pages) - own, number)
+                self._dangle(place, [page for page in pages if page not in own], number)
 
     def on_write_landed(self, event: trace.WriteLanded) -> None:
-        pair = event.incarnation[:2]
-        held = self._held[event.node, "kv"]
-        foreign = set(event.pages).difference(held.get(pair, ()))
-        if foreign:
-            self._judge_landing(event, pair, held, foreign)
-
-    def _judge_landing(
-        self, event: trace.WriteLanded, pair: Pair, held: dict[Pair, frozenset[int]], foreign: set[int]
-    ) -> None:
-        for owner, pages in held.items():
-            hit = foreign.intersection(pages)
-            if owner != pair and hit:
-                text = f"write {event.write} of {said(pair)} landed on page {min(hit)}, now of {said(owner)}"
+        pair, owners = event.incarnation[:2], self._owners[event.node, "kv"]
+        if owners.get(pair, NOTHING).issuperset(event.pages):
+            return
+        for page in event.pages:
+            owner = next((owner for owner, pages in owners.items() if page in pages), None)
+            if owner != pair and owner is not None:
+                text = f"write {event.write} of {said(pair)} landed on page {page}, now of {said(owner)}"
                 self.violate(event.t, event.node, pair, text)
                 return
 
@@ -136,11 +140,10 @@ class PageLifetime(Monitor):
         if write is None:
             return
         pair = write.incarnation[:2]
-        for node in {write.node, write.target}:
-            touching = self._touching[node, pair]
-            touching.discard(number)
-            if not touching:
-                del self._touching[node, pair]
+        touching = self._touching[pair]
+        touching.discard(number)
+        if not touching:
+            del self._touching[pair]
         if self._dangling:
             self._tie_up(write)
 
@@ -160,8 +163,8 @@ class PageLifetime(Monitor):
         self._ended[node] = event.epoch
         for number in [w.write for w in self._writes.values() if node in (w.node, w.target)]:
             self._settle(number)
-        for place in [place for place in self._held if place[0] == node]:
-            del self._held[place]
+        for place in [place for place in self._owners if place[0] == node]:
+            del self._owners[place]
             self._owned.pop(place, None)
 
 
@@ -201,50 +204,47 @@ class Conservation(Monitor):
     invariant = "S8"
 
     def begin(self) -> None:
-        self._held: defaultdict[Place, dict[Pair, frozenset[int]]] = defaultdict(dict)
         self._owned: defaultdict[Place, set[int]] = defaultdict(set)
+        self._owners: defaultdict[Place, dict[Pair, tuple[int, ...]]] = defaultdict(dict)
         self._totals: dict[Place, int] = {}
 
     def on_reserved(self, event: trace.Reserved) -> None:
         place, pages, pair = (event.node, event.pool), event.pages, event.incarnation[:2]
-        owned, held = self._owned[place], self._held[place]
-        fresh = frozenset(pages)
-        if not owned.isdisjoint(fresh):
-            self._report_twice(event, place, next(page for page in pages if page in owned))
-        elif len(fresh) != len(pages):
+        owned, owners, before = self._owned[place], self._owners[place], len(self._owned[place])
+        taken = not owned.isdisjoint(pages)
+        if taken:
+            page = next(page for page in pages if page in owned)
+            text = f"{event.pool} page {page} went to {said(pair)} while {said(_owner(owners, page))} owned it"
+            self.violate(event.t, event.node, pair, text)
+            self._disown(place, pages)
+        owned.update(pages)
+        if not taken and len(owned) - before != len(pages):
             self.violate(event.t, event.node, pair, f"a {event.pool} page was handed out twice in one go")
-        owned |= fresh
-        held[pair] = held[pair] | fresh if pair in held else fresh
+        owners[pair] = owners[pair] + pages if pair in owners else pages
 
-    def _report_twice(self, event: trace.Reserved, place: Place, page: int) -> None:
-        pair = event.incarnation[:2]
-        text = f"{event.pool} page {page} went to {said(pair)} while {self._owner(place, page)} owned it"
-        self.violate(event.t, event.node, pair, text)
-        self._strip(place, set(event.pages))
-
-    def _owner(self, place: Place, page: int) -> str:
-        return next((said(pair) for pair, pages in self._held[place].items() if page in pages), "nobody")
-
-    def _strip(self, place: Place, pages: set[int]) -> None:
-        held = self._held[place]
-        for pair in [pair for pair, theirs in held.items() if theirs & pages]:
-            held[pair] -= pages
-            if not held[pair]:
-                del held[pair]
+    def _disown(self, place: Place, pages: tuple[int, ...]) -> None:
+        owners = self._owners[place]
+        for pair, theirs in list(owners.items()):
+            left = tuple([page for page in theirs if page not in pages])
+            if not left:
+                del owners[pair]
+            elif len(left) < len(theirs):
+                owners[pair] = left
 
     def on_released(self, event: trace.Released) -> None:
-        place, pair = (event.node, event.pool), event.incarnation[:2]
-        own = self._held[place].pop(pair, frozenset())
-        left = own.difference(event.pages)
-        if left:
-            self._held[place][pair] = left
-        if not own.issuperset(event.pages):
-            page = next(page for page in event.pages if page not in own)
-            text = f"{said(pair)} released {event.pool} page {page}, owned by {self._owner(place, page)}"
-            self.violate(event.t, event.node, pair, text)
-            self._strip(place, set(event.pages))
-        owned = self._owned[place]
-        owned.difference_update(event.pages)
+        place, pair, pages = (event.node, event.pool), event.incarnation[:2], event.pages
+        owned, owners = self._owned[place], self._owners[place]
+        own = owners.get(pair, ())
+        if own == pages:
+            del owners[pair]
+        else:
+            foreign = next((page for page in pages if page not in own), None)
+            if foreign is not None:
+                whose = said(_owner(owners, foreign)) if foreign in owned else "nobody"
+                text = f"{said(pair)} released {event.pool} page {foreign}, owned by {whose}"
+                self.violate(event.t, event.node, pair, text)
+            self._disown(place, pages)
+        owned.difference_update(pages)
         total = event.free + len(owned)
         known = self._totals.setdefault(place, total)
         if known != total:
@@ -253,10 +253,15 @@ class Conservation(Monitor):
             self.violate(event.t, event.node, pair, text)
 
     def on_node_stopped(self, event: trace.NodeStopped) -> None:
-        for place in [place for place in self._owned if place[0] == event.node]:
-            del self._owned[place]
-            self._held.pop(place, None)
+        for place in [place for place in self._owners if place[0] == event.node]:
+            del self._owners[place]
+            self._owned.pop(place, None)
             self._totals.pop(place, None)
+
+
+def _owner(owners: dict[Pair, tuple[int, ...]], page: int) -> Pair:
+    """Whose page that is. Slow, and asked only to tell of a violation."""
+    return next(pair for pair, pages in owners.items() if page in pages)
 
 
 class ProducerReady(Monitor):

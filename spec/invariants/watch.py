@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from kvpoll.spec.invariants.catalogue import INVARIANTS, Invariant
-from kvpoll.spec.invariants.monitor import Bounds, Monitor
+from kvpoll.spec.invariants.monitor import Bounds, Monitor, TimedMonitor
 from kvpoll.spec.source import BadInput, nearest
 from kvpoll.spec.trace import Pair, Stream, Violated
 
@@ -36,6 +36,7 @@ class Watch:
         self.counts: dict[str, int] = {}
         self.first: dict[str, Violated] = {}
         self.monitors: dict[str, Monitor] = {}
+        self._timed: list[Monitor] = []
         self._stream = stream
         self.due = math.inf
         self._known: dict[str, set[tuple[Pair | None, str]]] = {}
@@ -46,6 +47,8 @@ class Watch:
 
     def _place(self, invariant_id: str, monitor: Monitor) -> None:
         self.monitors[invariant_id] = monitor
+        if isinstance(monitor, TimedMonitor):
+            self._timed.append(monitor)
         for event_type, name in monitor.handles.items():
             self._stream.subscribe(event_type, getattr(monitor, name))
 
@@ -56,11 +59,11 @@ class Watch:
     def advance(self, t: float) -> None:
         """Time has come to ``t`` (seconds): judge each bound that it has passed. Cheap when there is none."""
         if t > self.due:
-            self._in_order(t, [monitor.advance for monitor in self.monitors.values() if monitor.due < t])
+            self._in_order(t, [monitor.advance for monitor in self._timed if monitor.due < t])
 
     def finish(self, t: float) -> None:
         """The trace is over at ``t``: judge what was due by then. What was due later is not judged."""
-        self._in_order(t, [monitor.finish for monitor in self.monitors.values()])
+        self._in_order(t, [monitor.finish for monitor in self._timed])
 
     def _in_order(self, t: float, judges: list[Callable[[float], None]]) -> None:
         """Several monitors may find old debts at once: record them as they fell due."""
@@ -68,7 +71,7 @@ class Watch:
         for judge_until in judges:
             judge_until(t)
         held, self._held = self._held, None
-        self.due = min((monitor.due for monitor in self.monitors.values()), default=math.inf)
+        self.due = min([monitor.due for monitor in self._timed], default=math.inf)
         for violated in sorted(held, key=lambda violated: violated.t):
             self._take(violated)
 

@@ -283,7 +283,7 @@ ON_THE_LINE = [
     ("fault", '"message_delay"', '"message_dealy"', "",
      "unknown fault 'message_dealy' (did you mean 'message_delay'?)"),
     ("fault type", '"message_delay"', "5", "", "kind must be text in quotes, got 5"),
-    ("target", '"P0/dp1"', '"P0/dp2"', "", "no node 'P0/dp2' in this cluster (did you mean 'P0/dp0'?)"),
+    ("target", '"P0/dp1"', '"P0/dp2"', "", "no node 'P0/dp2' in this cluster (did you mean 'P0/dp1'?)"),
     ("target type", '"P0/dp1"', "0", "", "target must be text in quotes, got 0"),
     ("fault time", "at_s = 1.5", "at_s = -1.5", "", "at_s must not be negative, got -1.5"),
     ("fault time type", "at_s = 1.5", 'at_s = "1.5"', "", "at_s must be a number, got '1.5'"),
@@ -294,7 +294,7 @@ ON_THE_LINE = [
     ("share", "share = 0.5", "share = 1.5", '"pp_abort"', "share must be between 0 and 1, got 1.5"),
     ("stage", "stage = 1", "stage = 2", "", "stage must be below 2, prefill's stages, got 2"),
     ("half a stage", "stage = 1", "stage = 0.5", "", "stage must be a whole number, got 0.5"),
-    ("peer", 'peer = "D0"', 'peer = "D1"', "", "no node 'D1' in this cluster (did you mean 'D0'?)"),
+    ("peer", 'peer = "D0"', 'peer = "D1"', "", "no node 'D1' in this cluster (did you mean 'P1'?)"),
     ("event", '"Answered"', '"Answred"', "", "unknown trace event 'Answred' (did you mean 'Answered'?)"),
     ("event type", '"Answered"', "2", "", "unknown trace event 2 (valid: Addressed, Admitted, Answered, "
      "CollectiveEntered, Committed, Computed, Decided, Delivered, FaultBegan, FaultEnded, Healed, HealthReported, ...)"),
@@ -313,7 +313,7 @@ ON_THE_LINE = [
     ("rule infinity", "register_attempts = 3", "register_attempts = inf", "",
      "rule 'register_attempts' is a number of attempts and not negative, got inf"),
     ("invariant", '["S3"]', '["S13"]', "", "unknown invariant 'S13' (did you mean 'S3'?)"),
-    ("invariant that follows", '["R1"]', '["r1"]', "", "unknown invariant 'r1'"),
+    ("invariant that follows", '["R1"]', '["r1"]', "", "unknown invariant 'r1' (did you mean 'R1'?)"),
     ("shows type", '["S3"]', "[3]", "", "shows must be a list of texts, got [3]"),
 ]  # fmt: skip
 
