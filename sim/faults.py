@@ -94,7 +94,9 @@ class Injector:
                 pending.clear()
                 self.world.after(fault.at_s, self.begin, fault)
 
-        self.world.stream.subscribe(EVENTS[fault.trigger["event"]], watch)
+        stream = self.world.stream
+        stream.subscribe(EVENTS[fault.trigger["event"]], watch)
+        stream.recording = True  # a trigger hears what a recorder would, whether there is one or not
 
     def begin(self, fault: Fault) -> None:
         """The fault takes effect."""
@@ -151,7 +153,7 @@ def _process_down(injector: Injector, fault: Fault) -> Undo:
         cluster.disturb(name)
 
         def listen() -> None:
-            if cluster.prefill[int(name[1:])].up:
+            if cluster.prefill[int(name[1:])].up and not _is_held_down(injector, name):
                 server.start(amnesia)
                 cluster.disturb(name)
 
@@ -166,6 +168,8 @@ def _process_down(injector: Injector, fault: Fault) -> Undo:
     injector.fired(fault)
 
     def restart() -> None:
+        if _is_held_down(injector, name):
+            return
         for server in servers:
             if not _is_held_down(injector, server.name):
                 server.start(True)
@@ -177,7 +181,11 @@ def _process_down(injector: Injector, fault: Fault) -> Undo:
 
 
 def _is_held_down(injector: Injector, name: str) -> bool:
-    return any(other.target == name and other.kind.effect == "process_down" for other, _ in injector.active.values())
+    """Does another fault keep this process down? The last of them to end lets it up."""
+    return any(
+        other.target.partition("/")[0] == name and other.kind.effect == "process_down"
+        for other, _ in injector.active.values()
+    )
 
 
 def _server_slow(injector: Injector, fault: Fault) -> Undo:

@@ -213,3 +213,59 @@ def test_a_mark_is_counted_each_time(stage: Stage) -> None:
     stage.world.mark("P0", "seen")
     stage.world.mark("P0", "seen")
     assert marks == {"seen": 2}
+
+
+# ----------------------------------------------------------------------------------- the router's connections
+
+
+def test_what_router_and_engines_could_not_tell_each_other_is_told_when_the_link_is_back(
+    stage: Stage, mail: Mail
+) -> None:
+    """A cancel that was lost for good left a decode rank waiting for a request that had long been answered."""
+    network = stage.world.network
+    network.severed.append(("P0", "*"))
+    mail.send("R", "P0/tp0", 1)
+    mail.send("P0/tp0", "R", 2)
+    mail.send("P0/tp0", "D0", 3)  # ranks resend by themselves, when they are told that the link is back
+    stage.until(1)
+    assert mail.arrived == []
+    network.restore("P0", "*")
+    stage.until(2)
+    assert sorted(mail.arrived) == [("P0/tp0", "R", 2), ("R", "P0/tp0", 1)]
+    assert len(stage.of(Lost)) == 3
+    stage.until(3)
+    assert len(mail.arrived) == 2
+
+
+def test_a_link_that_is_still_severed_keeps_them(stage: Stage, mail: Mail) -> None:
+    network = stage.world.network
+    network.severed += [("P0", "*"), ("P0", "R")]
+    mail.send("R", "P0", 1)
+    stage.until(1)
+    network.restore("P0", "*")
+    stage.until(2)
+    assert mail.arrived == []
+    network.restore("P0", "R")
+    stage.until(3)
+    assert mail.arrived == [("R", "P0", 1)]
+
+
+def test_a_new_process_is_not_told_what_its_predecessor_missed(stage: Stage, mail: Mail) -> None:
+    stage.world.network.severed.append(("P0", "R"))
+    mail.send("R", "P0", 1)
+    stage.until(1)
+    stage.world.epochs["P0"] = 1
+    stage.world.network.restore("P0", "R")
+    stage.until(2)
+    assert mail.arrived == []
+
+
+def test_where_lost_is_lost_nothing_is_sent_again() -> None:
+    stage = Stage(Topology(latency_s=0.01), resend_on_reconnect="no")
+    mail = Mail(stage)
+    stage.world.network.severed.append(("P0", "R"))
+    mail.send("R", "P0", 1)
+    stage.until(1)
+    stage.world.network.restore("P0", "R")
+    stage.until(2)
+    assert mail.arrived == []

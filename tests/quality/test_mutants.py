@@ -389,8 +389,8 @@ MUTANTS = [
         "writes fail",
         text=(
             (
-                'fact = "LegFailed", to = "Answered", cause = "detail", actions = ["AnswerClient(failed)", "CancelLeg"]',
-                'fact = "LegFailed", to = "Answered", cause = "detail", actions = ["AnswerClient(ok)", "CancelLeg"]',
+                'to = "Answered", cause = "detail", actions = ["AnswerClient(failed)", "CancelLeg"]',
+                'to = "Answered", cause = "detail", actions = ["AnswerClient(ok)", "CancelLeg"]',
             ),
         ),
     ),
@@ -441,8 +441,8 @@ MUTANTS = [
         "prefill gives up while decode waits for memory",
         text=(
             (
-                'fact = "LegFailed", to = "Answered", cause = "detail", actions = ["AnswerClient(failed)", "CancelLeg"]',
-                'fact = "LegFailed", to = "Answered", cause = "detail", actions = ["AnswerClient(failed)"]',
+                'to = "Answered", cause = "detail", actions = ["AnswerClient(failed)", "CancelLeg"]',
+                'to = "Answered", cause = "detail", actions = ["AnswerClient(failed)"]',
             ),
         ),
     ),
