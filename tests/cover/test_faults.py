@@ -334,7 +334,8 @@ def ttft_s(run: Played) -> float:
 
 def slowest_write_s(run: Played) -> float:
     posted = {event.write: event.t for event in run.of(trace.WritePosted, node="P0/dp0/pp0/tp0")}
-    return max(event.t - posted[event.write] for event in run.of(trace.WriteSettled, node="P0/dp0/pp0/tp0"))
+    took_s = [event.t - posted[event.write] for event in run.of(trace.WriteSettled, node="P0/dp0/pp0/tp0")]
+    return float(max(took_s))
 
 
 CALM = Played(TRAFFIC)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sim_stage import A, B, Stage
 
 from kvpoll.sim.pools import Pool
-from kvpoll.spec.trace import Released, Reserved
+from kvpoll.spec.trace import PageTag, Released, Reserved
 from kvpoll.spec.vocabulary import Incarnation
 
 
@@ -82,7 +82,8 @@ def test_contents_outlive_their_owner() -> None:
     """That is how a stale page is seen as data: what the last owner's writers placed is still there."""
     _, pages = pool(2)
     (page,) = pages.reserve(A, 1) or ()
-    pages.contents[page]["P0"] = "tag"  # type: ignore[assignment]
+    tag = PageTag(A.pair, "P0", 0, 0)
+    pages.contents[page]["P0"] = tag
     pages.release(A)
     assert pages.reserve(B, 1) == (page,)
-    assert pages.contents[page] == {"P0": "tag"}
+    assert pages.contents[page] == {"P0": tag}

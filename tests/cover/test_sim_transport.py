@@ -22,8 +22,10 @@ class Cards:
     """Two prefill engines and two decode engines of one rank each, and writes between them."""
 
     def __init__(self, **prefill: Any) -> None:
-        sides = {"prefill": shape(count=2, **prefill), "decode": shape(count=2)}
-        self.stage = Stage(Topology(**sides, kv_bytes_per_token=1000, link_bytes_per_s=LINK, latency_s=0.0))
+        topology = Topology(
+            shape(count=2, **prefill), shape(count=2), kv_bytes_per_token=1000, link_bytes_per_s=LINK, latency_s=0.0
+        )
+        self.stage = Stage(topology)
         self.cluster: Cluster = self.stage.cluster()
         self.outcomes: list[tuple[float, str, str]] = []
 
