@@ -17,14 +17,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from kvpoll.sim.explorer import budget
+from kvpoll.sim.explorer.model import HEAD, read_faults
 from kvpoll.sim.explorer.process import Entry, Pen, Process, crashed, restarted, ring
-from kvpoll.sim.explorer.system import Cell, Move, Outcome, System, refuse, send
+from kvpoll.sim.explorer.system import ROOMS_FROM, Cell, Move, Outcome, System, refuse, send
 from kvpoll.spec.protocol import Profile, Protocol
+from kvpoll.spec.source import Source
 from kvpoll.spec.trace import (
     Addressed,
     Admitted,
     Committed,
     Computed,
+    Healed,
     NodeStarted,
     PageTag,
     Pair,
@@ -48,7 +51,6 @@ GAUGES = {
     "Running": "num_running_reqs",
 }
 LINK_RESTORED = ("LinkRestored",)
-RESET = ("Reset",)
 DEADLINES = {
     "prefill": ("bootstrap", "transfer", "announced"),
     "decode": ("bootstrap", "admission", "waiting", "drain"),
@@ -95,11 +97,13 @@ class Wire(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """The router: (rid, state) of what it has dispatched, and how many processes have died so far."""
+    """The router: (rid, state) of what it has dispatched, how many processes have died so far, and the (node, rid)
+    whose connections were reset by a death and that it has not looked at yet."""
 
     deaths: int = 0
     healed: bool = False
     requests: tuple[tuple[str, Routed], ...] = ()
+    resets: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,50 @@ class Transfer:
     pages: int
     asked: tuple[Asked, ...]
     faults: dict[str, int]
+
+
+FAULTS = (
+    "slowness", "client_abort", "prefill_abort", "decode_abort", "prefill_crash", "decode_crash", "message_duplicate",
+    "disconnect", "write_fail", "route_failure", "allocation_failure", "clock_offset",
+)  # fmt: skip
+_MODEL = {**HEAD, "prefill": list, "decode": list, "pages": int}
+_REQUEST = {"rid": str, "room": int, "attempt": int, "prefill": str, "decode": str, "when": str}
+
+
+def read(name: str, source: Source) -> Transfer:
+    """Read the parts of a model file that this kind has. Raises BadInput at the offending line."""
+    source.require_known((), source.data, ("model", "faults", "request"), "section")
+    head = source.data["model"]
+    source.require_known(("model",), head, _MODEL, "key")
+    source.require_all(("model",), head, ("prefill", "decode", "pages"), "a transfer model")
+    for key in ("prefill", "decode", "pages"):
+        source.require_form(("model", key), key, head[key], _MODEL[key])
+    if not 1 <= head["pages"] <= 8:
+        raise source.error(("model", "pages"), f"`pages` must be from 1 to 8, got {head['pages']}")
+    asked = tuple(_request(source, place, entry, head) for place, entry in enumerate(source.data.get("request", ())))
+    if not asked:
+        raise source.error((), "a model needs at least one [[request]]")
+    if len({each.rid for each in asked}) < len(asked) or len({each.pair for each in asked}) < len(asked):
+        raise source.error(("request", 0), "each request needs a rid, and a (room, attempt), of its own")
+    prefill, decode = tuple(head["prefill"]), tuple(head["decode"])
+    return Transfer(name, prefill, decode, head["pages"], asked, read_faults(source, FAULTS))
+
+
+def _request(source: Source, place: int, entry: Any, head: dict[str, Any]) -> Asked:
+    path = ("request", place)
+    source.require_forms(path, entry, _REQUEST)
+    source.require_all(path, entry, ("rid", "room"), "a request")
+    if entry["room"] <= ROOMS_FROM:
+        raise source.error((*path, "room"), f"room numbers of models are above {ROOMS_FROM}, got {entry['room']}")
+    when = entry.get("when", "start")
+    if when not in ("start", "healed"):
+        raise source.error((*path, "when"), f'`when` must be "start" or "healed", got {when!r}')
+    served = {}
+    for side in ("prefill", "decode"):
+        served[side] = entry.get(side, head[side][0])
+        source.require_known((*path, side), [served[side]], head[side], f"{side} engine")
+    pair = (entry["room"], entry.get("attempt", 0))
+    return Asked(entry["rid"], pair, served["prefill"], served["decode"], when == "healed")
 
 
 def build(model: Transfer, protocol: Protocol, profile: Profile) -> System:
@@ -143,8 +191,11 @@ def _apply_channel(channel: tuple[Any, ...], message: Any) -> tuple[Any, ...]:
     return () if message is None else send(channel, (message,))
 
 
-def _apply_router(router: Routing, operation: str) -> Routing:
-    return router._replace(deaths=router.deaths + 1)
+def _apply_router(router: Routing, resets: tuple[tuple[str, str], ...]) -> Routing:
+    """A process died: the connections of these (node, rid) break, as far as there are any."""
+    open_now = {rid for rid, state in router.requests if state.state != "Answered"}
+    broken = {(node, rid) for node, rid in resets if rid in open_now}
+    return router._replace(deaths=router.deaths + 1, resets=router.resets | broken)
 
 
 def _apply_decode(process: Process, operation: tuple[Any, ...]) -> Process:
@@ -273,6 +324,8 @@ class _Builder:
             self._fault(f"the client of {asked.rid} leaves", "client_abort", ("R",), lambda router, asked=asked: self._leave(router, asked))
         for node in (*self.model.prefill, *self.model.decode):
             self._move(f"R hears {node}", "step", ("R", f"chan {node} R"), lambda router, channel, node=node: self._answer(router, channel, node))
+            if self.model.faults.get("prefill_crash", 0) + self.model.faults.get("decode_crash", 0):
+                self._move(f"R is cut off from {node}", "step", ("R",), partial(self._reset, node=node))
         if any(asked.healed for asked in self.model.asked):
             self._move("the faults are over", "step", ("R", budget.CELL, *(f"life {node}" for node in (*self.model.prefill, *self.model.decode))), self._heal)
 
@@ -287,8 +340,6 @@ class _Builder:
     def _heal(self, router: Routing, left: budget.Budget, *lives: Life) -> Iterator[Outcome]:
         if router.healed or not all(life.up and life.listed == life.epoch for life in lives):
             return
-        from kvpoll.spec.trace import Healed
-
         none = tuple((kind, 0) for kind, _ in left)
         yield Outcome((router._replace(healed=True), none, *lives), "the last fault is over", (), (Healed(0, "R"),))
 
@@ -302,19 +353,17 @@ class _Builder:
         if kind == "FirstToken":
             yield from self._route(router, rest[0], "DecodeAnswered", None, f"the first token of {rest[0]}", (channel[1:],))
             return
-        if kind == "Failed":
-            rid, side, cause = rest
-            yield from self._route(router, rid, "LegFailed", (side, cause), f"the {side} leg of {rid} failed", (channel[1:],))
-            return
+        rid, side, cause = rest
+        label = f"the {side} leg of {rid} failed"
+        yield from self._route(router, rid, "LegFailed", (side, cause), label, (channel[1:],))
+
+    def _reset(self, router: Routing, node: str) -> Iterator[Outcome]:
         side = "prefill" if node in self.model.prefill else "decode"
-        after, effects, events = router, [], []
-        for rid, _ in router.requests:
-            if node in (self.asked[rid].prefill, self.asked[rid].decode):
-                for outcome in self._route(after, rid, "LegFailed", (side, "engine_crashed"), "", ()):
-                    after = outcome.after[0]
-                    effects += outcome.effects
-                    events += outcome.events
-        yield Outcome((after, channel[1:]), f"connections to {node} are reset", tuple(effects), tuple(events))
+        for where, rid in sorted(router.resets):
+            if where == node:
+                after = router._replace(resets=router.resets - {(where, rid)})
+                label = f"the connection of {rid} to {node} is reset"
+                yield from self._route(after, rid, "LegFailed", (side, "engine_crashed"), label, ())
 
     def _route(self, router: Routing, rid: str, fact: str, detail: Any, label: str, rest: tuple[Any, ...]) -> Iterator[Outcome]:
         """Step the router's view of a request. ``rest``: what remains on the channel, if one was read."""
@@ -493,8 +542,9 @@ class _Builder:
         if not process.up:
             return
         after, events = crashed(node, process, 0.5)
-        effects: list[tuple[str, Any]] = [(f"life {node}", "down"), ("R", "death"), (f"chan {node} R", RESET)]
+        effects: list[tuple[str, Any]] = [(f"life {node}", "down"), (f"chan R {node}", None)]
         effects += [(f"chan {other} {node}", None) for other in others]
+        effects.append(("R", tuple((node, asked.rid) for asked in self._served(node))))
         operation = "writer gone" if side == "prefill" else "target gone"
         effects += [(_wire(node, other, side), (operation,)) for other in others]
         yield Outcome((after,), f"the process of {node} dies", tuple(effects), events)
