@@ -205,7 +205,12 @@ def _server_errors(injector: Injector, fault: Fault) -> Undo:
     injector.fired(fault)
 
     def undo() -> None:
-        server.error_share = 0.0
+        others = [
+            other.parameters["share"]
+            for other, _ in injector.active.values()
+            if (other.kind.effect, other.target) == (fault.kind.effect, fault.target)
+        ]
+        server.error_share = others[-1] if others else 0.0  # one that still acts goes on
 
     return undo
 
@@ -355,8 +360,12 @@ def _stage_abort(injector: Injector, fault: Fault) -> Undo:
 
 def _override_dp(injector: Injector, fault: Fault) -> Undo:
     router, dp = injector.cluster.router, injector.cluster.topology.prefill.sizes.dp
+    previous = router.override
+    ended: list[Fault] = []
 
     def override(request: Request) -> int:
+        if ended:
+            return previous(request) if previous is not None else request.prefill_dp
         if injector.chance.random() >= fault.parameters["share"]:
             return request.prefill_dp
         injector.fired(fault)
@@ -365,28 +374,37 @@ def _override_dp(injector: Injector, fault: Fault) -> Undo:
     router.override = override
 
     def undo() -> None:
-        router.override = None
+        """Two of this kind may overlap and end in any order: one that lies below another steps aside."""
+        ended.append(fault)
+        if router.override is override:
+            router.override = previous
 
     return undo
 
 
 def _reuse_rooms(injector: Injector, fault: Fault) -> Undo:
     router = injector.cluster.router
+    previous = router.reuse_room
+    ended: list[Fault] = []
     rooms: list[int] = []
 
     def reuse() -> int | None:
+        if ended:
+            return previous()
         if not rooms or injector.chance.random() >= fault.parameters["share"]:
             return None
         injector.fired(fault)
         return injector.chance.choice(rooms[-64:])
 
-    previous = router.reuse_room
     router.reuse_room = reuse
     stop = _on_dispatch(injector, lambda request: rooms.append(request.pair[0]))
 
     def undo() -> None:
+        """Two of this kind may overlap and end in any order: one that lies below another steps aside."""
         stop()
-        router.reuse_room = previous
+        ended.append(fault)
+        if router.reuse_room is reuse:
+            router.reuse_room = previous
 
     return undo
 
@@ -426,10 +444,11 @@ EFFECTS: dict[str, Callable[[Injector, Fault], Undo]] = {
 
 def draw_faults(chance: random.Random, topology: Topology, until_s: float) -> list[Fault]:
     """One fault of every kind, each somewhere in [0, until_s) with drawn strength."""
-    return [_draw(chance, kind, topology, until_s) for kind in kinds().values() if kind.draw]
+    return [draw_fault(chance, kind, topology, until_s) for kind in kinds().values() if kind.draw]
 
 
-def _draw(chance: random.Random, kind: Kind, topology: Topology, until_s: float) -> Fault:
+def draw_fault(chance: random.Random, kind: Kind, topology: Topology, until_s: float) -> Fault:
+    """One fault of a kind, somewhere in [0, until_s), with values from the ranges that the kind draws from."""
     values = {name: _value(chance, value, topology) for name, value in kind.draw.items() if name != "target"}
     target = _target(chance, kind.draw["target"], topology)
     parameters = {name: values.get(name, default) for name, default in kind.parameters.items()}

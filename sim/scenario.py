@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvpoll.sim.explorer.schedule_text import Schedule, read_schedule
 from kvpoll.sim.faults import Fault, Kind, kinds
 from kvpoll.sim.topology import EngineShape, Topology, rank_names
 from kvpoll.sim.workload import Arrival, Fixed, Lengths, Lognormal, bursts, poisson, read_mooncake, synthetic
@@ -85,6 +86,7 @@ class Scenario:
     workload: Callable[[random.Random, float], list[Arrival]]
     faults: tuple[Fault, ...]
     expectations: tuple[Expectation, ...]
+    schedule: Schedule | None = None
 
     def expectation(self, profile: str) -> Expectation | None:
         """What the file says of a profile, by its name or label."""
@@ -115,9 +117,9 @@ def load_scenario(path: Path, protocol: Protocol) -> Scenario:
 def parse_scenario(source: Source, protocol: Protocol, name: str) -> Scenario:
     """Check a parsed scenario. Raises BadInput at the offending line."""
     data = source.data
-    keys = ("title", "story", "upstream", "race", "topology", "workload", "timing", "fault", "expect")
+    keys = ("title", "story", "upstream", "race", "topology", "workload", "timing", "fault", "expect", "schedule")
     source.require_known((), data, keys, "key")
-    for key in ("title", "workload"):
+    for key in ("title",) if "schedule" in data else ("title", "workload"):
         if key not in data:
             raise source.error((), f"a scenario needs `{key}`")
     _check_shapes(source, (), data, SHAPES)
@@ -140,7 +142,8 @@ def parse_scenario(source: Source, protocol: Protocol, name: str) -> Scenario:
         race=data.get("race"),
         topology=topology,
         timing=timing,
-        workload=_workload(source, data["workload"]),
+        workload=_workload(source, data["workload"]) if "workload" in data else lambda chance, until_s: [],
+        schedule=read_schedule(source) if "schedule" in data else None,
         faults=faults,
         expectations=expectations,
     )
@@ -170,7 +173,7 @@ TEXTS: Shape = (_texts, "a list of texts")
 
 SHAPES = {
     "title": TEXT, "story": TEXT, "upstream": TEXT, "race": TEXT, "topology": TABLE, "workload": TABLE,
-    "timing": TABLE, "fault": TABLES, "expect": TABLES,
+    "timing": TABLE, "schedule": TABLE, "fault": TABLES, "expect": TABLES,
 }  # fmt: skip
 FAULT_SHAPES = {"kind": TEXT, "target": TEXT, "trigger": TABLE}
 EXPECT_SHAPES = {

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvpoll.sim.explorer.schedule import ScheduledRun
 from kvpoll.sim.faults import Fault, draw_faults
 from kvpoll.sim.run import Run
 from kvpoll.sim.scenario import Expectation, Scenario, chosen_profile, find, load_scenario
+from kvpoll.sim.swarm import draw_swarm
 from kvpoll.sim.workload import Arrival, read_mooncake
 from kvpoll.spec.protocol import Profile, Protocol, Rule, Value, load
 from kvpoll.spec.source import BadInput, nearest
@@ -27,13 +29,16 @@ MAIN = "main"
 
 FAULT_MODES = ("all", "none", "scenario")
 
+SWARM = "swarm"
+"""The fault mode of --swarm: the seed draws which kinds there are."""
+
 
 @dataclass(frozen=True)
 class Plan:
     """One run but for its seed, as given: a scenario by name or path, a profile by name or its label there.
 
     changes: "rule=value" each. trace: path of a workload in the Mooncake format. minutes: length of the
-    hostile phase. faults: one of FAULT_MODES. spec: path of another kvpoll.toml. None means the default.
+    hostile phase. faults: one of FAULT_MODES, or SWARM. spec: path of another kvpoll.toml. None means the default.
     """
 
     scenario: str = MAIN
@@ -59,7 +64,7 @@ class Plan:
         if self.minutes is not None:
             words += ["--minutes", f"{self.minutes:g}"]
         if self.fault_mode != Plan(self.scenario).fault_mode:
-            words += ["--faults", self.fault_mode]
+            words += ["--swarm"] if self.fault_mode == SWARM else ["--faults", self.fault_mode]
         if self.spec is not None:
             words += ["--spec", self.spec]
         return shlex.join([*words, "--seed", str(seed), *more])
@@ -76,9 +81,11 @@ class Prepared:
     expectation: Expectation | None
     arrivals: list[Arrival] | None
 
-    def run(self, seed: int, **more: Any) -> Run:
+    def run(self, seed: int, **more: Any) -> Run | ScheduledRun:
         """The run of one seed; ``more`` are further fields of Run (trace, record, collect, progress)."""
         line = self.plan.line(seed)
+        if self.scenario.schedule is not None:
+            return ScheduledRun(self.protocol, self.scenario, self.profile, seed, line, **more)
         faults = self.faults(seed)
         return Run(
             self.protocol,
@@ -98,6 +105,8 @@ class Prepared:
             return self.scenario.faults
         if mode == "none":
             return ()
+        if mode == SWARM:
+            return draw_swarm(seed, self.scenario).faults
         chance = random.Random(f"{seed}/draw")
         return tuple(draw_faults(chance, self.scenario.topology, self.scenario.timing.hostile_s))
 

@@ -18,13 +18,14 @@ from kvpoll.commands.options import (
     lasting,
     open_to_write,
 )
-from kvpoll.commands.plan import FAULT_MODES, MAIN, Plan, Prepared, prepare
+from kvpoll.commands.plan import FAULT_MODES, MAIN, SWARM, Plan, Prepared, prepare
 from kvpoll.commands.screen import Screen, plural, seconds
 from kvpoll.commands.status import HOLDS, INTERRUPTED, VIOLATED
 from kvpoll.commands.verdict import FOR_EVER_S, as_object, by_count, by_time, deviations, percentiles
 from kvpoll.sim.faults import Fault
 from kvpoll.sim.run import Outcome
 from kvpoll.sim.scenario import Expectation
+from kvpoll.sim.swarm import draw_swarm
 from kvpoll.spec.invariants import INVARIANTS
 from kvpoll.spec.source import BadInput
 
@@ -54,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"all: one of every kind, drawn by seed (default of {MAIN}); scenario: those of the file; none",
     )
     parser.add_argument(
+        "--swarm", action="store_true", help="the seed draws which kinds of fault there are, how many and how strong"
+    )
+    parser.add_argument(
         "--set",
         metavar="RULE=VALUE",
         action="append",
@@ -65,14 +69,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
-    """The plan that the options describe."""
+    """The plan that the options describe. Raises BadInput."""
+    if arguments.swarm and arguments.faults is not None:
+        raise BadInput("--swarm draws the faults; leave --faults away")
     return Plan(
         scenario=arguments.scenario,
         profile=arguments.profile,
         changes=tuple(arguments.changes),
         trace=arguments.trace,
         minutes=arguments.minutes,
-        faults=arguments.faults,
+        faults=SWARM if arguments.swarm else arguments.faults,
         spec=arguments.spec,
     )
 
@@ -119,6 +125,8 @@ def show(prepared: Prepared, outcome: Outcome, record: Path | None, screen: Scre
     screen.prose(f"{scenario.name}: {scenario.title}")
     lasts = f"{scenario.timing.hostile_s:g} s of requests and faults"
     screen.say(f"profile {outcome.profile}, seed {outcome.seed}, {lasts}")
+    if prepared.plan.fault_mode == SWARM:
+        screen.prose(draw_swarm(outcome.seed, scenario).line)
     screen.say()
     _show_faults(outcome, screen)
     _show_requests(outcome, screen)

@@ -1,0 +1,166 @@
+"""A behaviour of a model, written down move by move, and played in virtual time under the streaming monitors.
+
+This is what a counterexample is kept as: a scenario file whose ``[schedule]`` names a model and the moves. Playing
+it uses neither the search nor its tables: each move calls the step functions afresh, SimPy's clock goes on by
+``STEP_S`` a move, and the same monitors judge that judge every simulation. So a counterexample of the explorer is
+believed only after the simulator has seen it break.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any, Final
+
+import simpy
+
+from kvpoll.sim.explorer.judges import NOT_JUDGED
+from kvpoll.sim.explorer.model import ModelFile, load_model
+from kvpoll.sim.explorer.schedule_text import Schedule
+from kvpoll.sim.explorer.system import Move, Outcome, System
+from kvpoll.sim.run import Outcome as Result
+from kvpoll.sim.run import Progress, Recorder
+from kvpoll.spec.invariants import INVARIANTS, Watch
+from kvpoll.spec.protocol import Profile, Protocol
+from kvpoll.spec.source import BadInput, nearest
+from kvpoll.spec.trace import Marked, Stream
+
+STEP_S: Final = 0.001
+"""Virtual time between two moves."""
+
+class Stepper:
+    """A system that is moved by hand, one named move at a time."""
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.state = system.initial()
+        self._moves = {move.name: move for move in system.moves}
+        self._cells = {cell.name: cell for cell in system.cells}
+
+    def take(self, written: str) -> Outcome:
+        """Make a move and return what came of it. Raises BadInput when it is not possible in this state."""
+        name, _, label = written.partition(" | ")
+        move = self._moves.get(name)
+        if move is None:
+            raise BadInput(f"{name!r} is not a move of model {self.system.name!r}{nearest(name, self._moves)}")
+        if move.kind == "deadline" and any(self.outcomes(other) for other in self.system.moves if _is_prompt(other)):
+            raise BadInput(f"{name!r} is not possible here: deadlines wait until nothing else can happen")
+        outcomes = [outcome for outcome in self.outcomes(move) if label in ("", outcome.label)]
+        if not outcomes:
+            possible = [other.name for other in self.system.moves if self.outcomes(other)]
+            raise BadInput(f"{written!r} is not possible here; possible are: {', '.join(possible)}")
+        self._apply(move, outcomes[0])
+        return outcomes[0]
+
+    def outcomes(self, move: Move) -> list[Outcome]:
+        """What a move may lead to from here; what changes nothing is no step."""
+        values = [self.state[cell] for cell in move.scope]
+        return [each for each in move.act(*values) if each.effects or each.after != tuple(values)]
+
+    def written(self, move: Move, outcome: Outcome) -> str:
+        """How a schedule names this outcome."""
+        return move.name if len(self.outcomes(move)) == 1 else f"{move.name} | {outcome.label}"
+
+    def _apply(self, move: Move, outcome: Outcome) -> None:
+        self.state.update(zip(move.scope, outcome.after, strict=True))
+        for cell, operation in outcome.effects:
+            apply = self._cells[cell].apply
+            assert apply is not None
+            self.state[cell] = apply(self.state[cell], operation)
+
+    def survey(self) -> Iterator[Any]:
+        """What every node says of itself now."""
+        for cell in self.system.cells:
+            yield from self.system.survey(cell.name, self.state[cell.name])
+
+
+def _is_prompt(move: Move) -> bool:
+    return move.kind == "step" and move.fair
+
+
+@dataclass
+class ScheduledRun:
+    """Plays a schedule as ``sim.run.Run`` plays a scenario, with the same kind of result."""
+
+    protocol: Protocol
+    scenario: Any
+    profile: Profile
+    seed: int | str = 0
+    line: str = ""
+    trace: IO[str] | None = None
+    record: bool = False
+    collect: list[Any] | None = None
+    progress: Progress | None = None
+
+    def __call__(self) -> Result:
+        """Play it. Raises BadInput when a move is not possible."""
+        began = time.perf_counter()
+        schedule = self.scenario.schedule
+        model = load_model(schedule.model, self.protocol)
+        stepper = Stepper(model.build(self.protocol, self.profile))
+        stream = Stream()
+        watch = Watch(stream, self.protocol.bounds, tuple(name for name in INVARIANTS if name not in NOT_JUDGED))
+        recorder = Recorder(stream, self._header(model), self.trace) if self.trace or self.record else None
+        if self.collect is not None:
+            stream.subscribe_all(self.collect.append)
+        env, marks, events = simpy.Environment(), dict[str, int](), 0
+        for now, happened, seen in self._play(env, stepper, schedule):
+            watch.advance(now)
+            for event in happened:
+                stream.emit(event._replace(t=now))
+                events += 1
+            for mark in seen:
+                marks[mark] = marks.get(mark, 0) + 1
+                stream.emit(Marked(now, "R", mark))
+        watch.finish(env.now)
+        return self._result(watch, marks, events, env.now, time.perf_counter() - began, recorder)
+
+    def _play(self, env: simpy.Environment, stepper: Stepper, schedule: Schedule) -> Iterator[Any]:
+        """(time, events, marks) of each move, as SimPy's clock goes on."""
+        yield env.now, stepper.system.start, ()
+        for written in (*schedule.moves, *schedule.cycle):
+            env.run(until=env.now + STEP_S)
+            outcome = stepper.take(written)
+            yield env.now, outcome.events, outcome.marks
+        if schedule.ends == "idle":
+            env.run(until=env.now + STEP_S)
+            yield env.now, tuple(stepper.survey()), ()
+        elif schedule.ends == "for ever":
+            bounds = self.protocol.bounds
+            env.run(until=env.now + 1 + max(bounds.end_s, bounds.recover_s, bounds.propagate_s, bounds.ownerless_s))
+
+    def _result(
+        self, watch: Watch, marks: dict[str, int], events: int, now: float, wall_s: float, recorder: Recorder | None
+    ) -> Result:
+        return Result(
+            scenario=self.scenario.name,
+            profile=self.profile.name,
+            seed=self.seed,
+            line=self.line,
+            violations=dict(watch.first),
+            counts={name: count for name, count in watch.counts.items() if count},
+            marks=marks,
+            unfired=[],
+            requests=0,
+            succeeded=0,
+            causes={},
+            ttft_s=[],
+            events=events,
+            simulated_s=now,
+            wall_s=wall_s,
+            digest=recorder.digest if recorder is not None else None,
+        )
+
+    def _header(self, model: ModelFile) -> dict[str, Any]:
+        return {
+            "kvpoll_trace": 1,
+            "spec": self.protocol.digest,
+            "scenario": self.scenario.name,
+            "scenario_digest": self.scenario.digest,
+            "model_digest": model.digest,
+            "title": self.scenario.title,
+            "profile": self.profile.name,
+            "seed": self.seed,
+            "repeat": self.line,
+        }
