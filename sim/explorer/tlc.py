@@ -350,20 +350,23 @@ class _Hearing:
 
 
 def _messages(stream: IO[str]) -> Iterator[tuple[int | None, str, str]]:
-    """(number, severity, text) of each message; what stands between messages has no number, a line at a time."""
-    number: int | None = None
-    severity, lines = "", list[str]()
+    """(number, severity, text) of each message; what stands between messages has no number, a line at a time.
+
+    A message may stand inside another, which then holds its text too.
+    """
+    open_: list[tuple[int, str, list[str]]] = []
     for line in stream:
         line = line.rstrip("\n")
         if found := _START.search(line):
-            number, severity, lines = int(found[1]), found[2] or "0", []
-        elif _END.search(line):
-            if number is not None:
-                yield number, severity, "\n".join(lines)
-            number = None
-        elif number is not None:
-            lines.append(line)
+            open_.append((int(found[1]), found[2] or "0", []))
+        elif _END.search(line) and open_:
+            number, severity, lines = open_.pop()
+            if open_:
+                open_[-1][2].extend(lines)
+            yield number, severity, "\n".join(lines)
+        elif open_:
+            open_[-1][2].append(line)
         elif not line.startswith(("Parsing file ", "Semantic processing of module ")):
             yield None, "", line
-    if number is not None:  # it was killed in mid-sentence
+    for number, severity, lines in open_:  # it was killed in mid-sentence
         yield number, severity, "\n".join(lines)
