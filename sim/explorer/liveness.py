@@ -20,8 +20,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse import csr_matrix  # type: ignore[import-untyped, unused-ignore]
+from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped, unused-ignore]
 
 Ints = npt.NDArray[np.signedinteger]
 Words = npt.NDArray[np.uint64]
@@ -255,7 +255,7 @@ class _Loop:
         """Which classes a state has disabled, one flag for each."""
         numbers = np.arange(self.ready.classes, dtype=np.uint64)
         words = self.ready.enabled[numbers // WORD_BITS, state]
-        return (words >> (numbers % WORD_BITS)) & np.uint64(1) == 0
+        return np.asarray((words >> (numbers % WORD_BITS)) & np.uint64(1) == 0)
 
     def _settling(self, pending: Flags) -> Callable[[Ints], Flags]:
         """Tells the edges that are steps of a pending class, or lead where one is disabled."""
@@ -300,7 +300,7 @@ def deadlocks(graph: Graph) -> npt.NDArray[np.int64]:
 def _claim(last: Ints, edges: Ints, target: Ints) -> Ints:
     """Note for each target one of the edges that lead to it. The targets, each once."""
     last[target] = edges
-    return target[last[target] == edges]
+    return np.asarray(target[last[target] == edges])
 
 
 def _components(bounds: Ints, targets: Ints) -> Ints:

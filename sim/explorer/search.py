@@ -395,6 +395,23 @@ class Search:
             state = int(parents[state])
         return path[::-1]
 
+    def taken_between(self, source: Any, number: int, target: Any, state: int) -> Taken:
+        """The outcome of a move that leads from one row to another."""
+        move = self.system.moves[number]
+        before, after = self.cells_of(source), self.cells_of(target)
+        for outcome in move.act(*[before[cell] for cell in move.scope]):
+            if self._leads_to(outcome, move, before, after):
+                return Taken(move, outcome, state)
+        raise AssertionError(f"{move.name} does not lead from state to state {state}")
+
+    def _leads_to(self, outcome: Outcome, move: Move, before: dict[str, Any], after: dict[str, Any]) -> bool:
+        cells = {**before, **dict(zip(move.scope, outcome.after, strict=True))}
+        for name, operation in outcome.effects:
+            apply = self.values[self.places[name]].cell.apply
+            assert apply is not None
+            cells[name] = apply(cells[name], operation)
+        return all(cells[cell.name] == after[cell.name] for cell in self.system.cells)
+
     def _history(self) -> tuple[Any, Any]:
         if len(self.parents) > 1:
             self.parents = [np.concatenate(self.parents)]
