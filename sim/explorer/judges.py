@@ -20,7 +20,11 @@ from kvpoll.sim.explorer.system import Cell, Rename, text_of
 from kvpoll.spec.invariants import INVARIANTS, Bounds, Monitor, TimedMonitor
 from kvpoll.spec.trace import Violated
 
-NOT_JUDGED: Final = {"R3": "a rate needs a clock", "L5": "overdue timers need a clock", "L7": "which of two timers is longer needs a clock"}
+NOT_JUDGED: Final = {
+    "R3": "a rate needs a clock",
+    "L5": "overdue timers need a clock",
+    "L7": "which of two timers is longer needs a clock",
+}
 """Invariants that an exploration without a clock cannot judge; the simulator does."""
 
 _OWN: Final = ("bounds", "_report", "_wake", "due")
@@ -44,7 +48,7 @@ class Judged:
 
     def thaw(self) -> dict[str, Any]:
         """The monitor's state, to be changed at will."""
-        state: dict[str, Any] = pickle.loads(self._frozen)  # noqa: S301 - our own bytes
+        state: dict[str, Any] = pickle.loads(self._frozen)
         return state
 
     def text_of(self, rename: Rename | None) -> str:
@@ -64,7 +68,7 @@ class Judged:
 
 
 def _restored(frozen: bytes, violated: Violated | None, debts: dict[Any, Violated]) -> Judged:
-    return Judged(pickle.loads(frozen), violated, debts)  # noqa: S301 - our own bytes
+    return Judged(pickle.loads(frozen), violated, debts)
 
 
 class Judge:

@@ -77,6 +77,9 @@ def load_model(name: str, protocol: Protocol) -> ModelFile:
     return parse_model(Source(path), protocol, path.stem)
 
 
+FAULTS_MOST: Final = 9
+"""Most faults of one kind; every fault moves a model towards sizes that no search can finish."""
+
 HEAD: Final = {
     "title": str, "story": str, "kind": str, "exercises": list, "sometimes": list, "checked": bool,
 }  # fmt: skip
@@ -125,8 +128,10 @@ def read_faults(source: Source, known: tuple[str, ...]) -> dict[str, int]:
     source.require_form(("faults",), "faults", entry, dict)
     source.require_known(("faults",), entry, (*known, "total"), "fault")
     for kind, count in entry.items():
-        if type(count) is not int or not 0 <= count <= 9:
-            raise source.error(("faults", kind), f"`{kind}` must be a whole number from 0 to 9, got {count!r}")
+        if type(count) is not int or not 0 <= count <= FAULTS_MOST:
+            raise source.error(
+                ("faults", kind), f"`{kind}` must be a whole number from 0 to {FAULTS_MOST}, got {count!r}"
+            )
     return dict(entry)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-from kvpoll.sim.explorer.system import Outcome
+from kvpoll.sim.explorer.system import Outcome, Sorted
 from kvpoll.spec.trace import (
     IllegalFactRaised,
     LoopStopped,
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
 
 
 class Process(NamedTuple):
-    """A rank's memory. Everything is a sorted tuple or a frozenset, so that equal states are equal values.
+    """A rank's memory. Everything is Sorted or a frozenset, so that equal states are equal values.
 
     rooms: what is not Absent. timers: (incarnation, name). held: (pair, page). peers: (node, belief) of its failure
     detector. known: what a driver keeps for a room, (key, ...): destinations and askers on prefill, peers on decode.
@@ -98,15 +98,15 @@ class Pen:
         """The outcome; ``others`` are the new values of the scope's other cells, after the process itself."""
         process = self.process._replace(
             stopped=self.stopped,
-            rooms=tuple(self.rooms[number] for number in sorted(self.rooms)),
+            rooms=Sorted(self.rooms[number] for number in sorted(self.rooms)),
             timers=frozenset(self.timers),
-            entries=tuple(self.entries[rid] for rid in sorted(self.entries)),
-            held=tuple(sorted(self.held.items())),
+            entries=Sorted(self.entries[rid] for rid in sorted(self.entries)),
+            held=Sorted(sorted(self.held.items())),
             free=frozenset(self.free),
-            peers=tuple(sorted(self.peers.items())),
-            known=tuple(sorted((key, *rest) for key, rest in self.known.items())),
-            contents=tuple(sorted(self.contents.items())),
-            routes=tuple(sorted(self.routes.items())),
+            peers=Sorted(sorted(self.peers.items())),
+            known=Sorted(sorted((key, *rest) for key, rest in self.known.items())),
+            contents=Sorted(sorted(self.contents.items())),
+            routes=Sorted(sorted(self.routes.items())),
         )
         return Outcome((*first, process, *others), label, tuple(self.effects), tuple(self.events), tuple(self.marks))
 
@@ -223,9 +223,7 @@ class Pen:
         page = self.held.pop(own.pair, None)
         if page is not None:
             self.free.add(page)
-            self.events.extend(
-                Released(0, self.node, pool, own, (page,), len(self.free)) for pool in self.pools
-            )
+            self.events.extend(Released(0, self.node, pool, own, (page,), len(self.free)) for pool in self.pools)
 
     # -- the scheduler's queue
 

@@ -74,9 +74,7 @@ def _shortest(search: Search, fair: FairGraph, column: Any, place: int, invarian
 def graph_of(search: Search) -> Graph:
     """Everything that the search has explored, as arrays."""
     empty = np.zeros(0, np.int32)
-    columns = [
-        np.concatenate([edge[k] for edge in search.edges]) if search.edges else empty for k in range(3)
-    ]
+    columns = [np.concatenate([edge[k] for edge in search.edges]) if search.edges else empty for k in range(3)]
     classes = np.full(len(search.system.moves), -1, np.int16)
     for number, move in enumerate(search.system.moves):
         if move.fair:

@@ -29,6 +29,7 @@ from kvpoll.spec.trace import Marked, Stream
 STEP_S: Final = 0.001
 """Virtual time between two moves."""
 
+
 class Stepper:
     """A system that is moved by hand, one named move at a time."""
 

@@ -36,7 +36,9 @@ def read_schedule(source: Source) -> Schedule:
     return Schedule(entry["model"], tuple(entry["moves"]), tuple(entry.get("cycle", ())), ends)
 
 
-def write_schedule(title: str, story: str, schedule: Schedule, profile: str, changes: Mapping[str, Any], breaks: Sequence[str]) -> str:
+def write_schedule(
+    title: str, story: str, schedule: Schedule, profile: str, changes: Mapping[str, Any], breaks: Sequence[str]
+) -> str:
     """A scenario file of this schedule, which expects these invariants to break (the first is what it shows)."""
     lines = [f"title = {_quoted(title)}", f"story = {_quoted(story)}", "", "[schedule]"]
     lines += [f"model = {_quoted(schedule.model)}", f"ends = {_quoted(schedule.ends)}", "moves = ["]

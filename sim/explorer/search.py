@@ -12,8 +12,11 @@ stands for the whole orbit. The row that is kept is the one that was found, so p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -102,6 +105,7 @@ class Search:
         symmetry: bool = True,
         keep_graph: bool = False,
         memory_bytes: int = 8 << 30,
+        workers: int = 1,
     ) -> None:
         self.system = system
         self.judges = list(judges)
@@ -122,7 +126,13 @@ class Search:
         self.rows: list[npt.NDArray[Any]] = []
         self.edges: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int16]]] = []
         self._frontier, self._hashes = self._first(cells)
-        self._offset = 0
+        self._first_number = 0
+        self._position = 0
+        self._next_rows: list[Rows] = []
+        self._next_hashes: list[list[Hashes]] = []
+        self._violations: dict[int, tuple[int, int]] = {}
+        self.workers = workers
+        self.stop = False
 
     def _grouped(self, cells: Sequence[Cell]) -> list[Group]:
         groups: dict[tuple[bool, tuple[int, ...]], Group] = {}
@@ -164,7 +174,8 @@ class Search:
         max_depth: int | None = None,
         until_found: bool = False,
     ) -> Explored:
-        """Explore level by level until nothing is left, a limit is reached, or something is found."""
+        """Explore level by level until nothing is left, a limit is reached, something is found, or ``stop`` is set."""
+        self.explored.stopped = ""
         began = time.monotonic() - self.explored.seconds
         explored = self.explored
         while len(self._frontier):
@@ -176,8 +187,11 @@ class Search:
             if until_found and explored.found:
                 explored.stopped = "found"
                 break
-            self._level(lambda left: progress(self._progress(began, left)))
+            whole = self._level(lambda left: progress(self._progress(began, left)))
             explored.seconds = time.monotonic() - began
+            if not whole:
+                explored.stopped = "interrupted"
+                break
         explored.complete = not len(self._frontier)
         explored.states, explored.seconds = self.visited.count, time.monotonic() - began
         explored.bytes = self._bytes()
@@ -197,25 +211,44 @@ class Search:
         frontier = self._frontier.nbytes + sum(column.nbytes for column in self._hashes)
         return self.visited.bytes() + kept + edges + 2 * frontier
 
-    def _level(self, tell: Callable[[int], None]) -> None:
-        frontier, hashes, offset = self._frontier, self._hashes, self._offset
-        next_rows, next_hashes = [], []
-        self._offset = self.visited.count
-        violations: dict[int, tuple[int, int, int]] = {}
-        for first in range(0, len(frontier), BLOCK):
-            block = frontier[first : first + BLOCK]
-            rows, new_hashes = self._expand(
-                block, [column[first : first + BLOCK] for column in hashes], offset + first, violations
-            )
-            next_rows.append(rows)
-            next_hashes.append(new_hashes)
-            tell(len(frontier) - first + sum(map(len, next_rows)))
+    def _level(self, tell: Callable[[int], None]) -> bool:
+        """Expand what is left of the frontier, block by block. False when it was stopped before the end."""
+        frontier = self._frontier
+        for first, block, batches, quiet in self._expanded():
+            self._find_quiet(block, quiet, self._first_number + first)
+            rows, hashes = self._merge(block, batches, self._first_number + first)
+            self._next_rows.append(rows)
+            self._next_hashes.append(hashes)
+            self._position = first + len(block)
+            left = len(frontier) - self._position + sum(map(len, self._next_rows))
+            tell(left)
             if self._bytes() > self.memory_bytes:
-                self._give_up(len(frontier) - first + sum(map(len, next_rows)))
-        self._frontier = np.concatenate(next_rows)
-        self._hashes = [np.concatenate([each[k] for each in next_hashes]) for k in range(len(hashes))]
+                self._give_up(left)
+            if self.stop:
+                return self._position >= len(frontier) and self._turn_over()
+        return self._turn_over()
+
+    def _turn_over(self) -> bool:
+        """The level is done: what was new in it is the next frontier."""
+        self._frontier = np.concatenate(self._next_rows)
+        self._hashes = [np.concatenate([each[k] for each in self._next_hashes]) for k in range(len(self._hashes))]
+        self._first_number = self.visited.count - len(self._frontier)
+        self._position, self._next_rows, self._next_hashes = 0, [], []
         self.explored.depth += 1
-        self._close(violations)
+        self._close()
+        return True
+
+    def _expanded(self) -> Iterator[tuple[int, Rows, list[_Batch], Ints]]:
+        """(place, block, successors, idle rows) of every block that is left, in order; several threads work ahead."""
+        firsts = iter(range(self._position, len(self._frontier), BLOCK))
+        if self.workers == 1:
+            yield from map(self._expand, firsts)
+            return
+        with ThreadPoolExecutor(self.workers) as pool:
+            ahead = deque(pool.submit(self._expand, first) for first in islice(firsts, 2 * self.workers))
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(pool.submit(self._expand, first) for first in islice(firsts, 1))
 
     def _give_up(self, frontier: int) -> None:
         raise TooLarge(
@@ -224,26 +257,32 @@ class Search:
             "give it more --memory, or lower a budget under [faults] or the number of requests in the model"
         )
 
-    def _expand(
-        self, block: Rows, hashes: list[Hashes], offset: int, violations: dict[int, tuple[int, int, int]]
-    ) -> tuple[Rows, list[Hashes]]:
-        """Successors of a block that nobody has seen, with their hashes."""
+    def _expand(self, first: int) -> tuple[int, Rows, list[_Batch], Ints]:
+        """Successors of one block. Reads what all threads share and learns under a lock; changes nothing else."""
+        block = self._frontier[first : first + BLOCK]
+        hashes = [column[first : first + BLOCK] for column in self._hashes]
         batches = [batch for place in self.prompt if (batch := self._successors(place, block, hashes))]
         idle = self._idle(len(block), batches)
         if len(idle):
             late = [self._deadline(place, block, hashes, idle) for place in self.patient]
             batches += [batch for batch in late if batch]
-            self._find_quiet(block, self._idle(len(block), batches), offset)
+            idle = self._idle(len(block), batches)
+        return first, block, batches, idle
+
+    def _merge(self, block: Rows, batches: list[_Batch], offset: int) -> tuple[Rows, list[Hashes]]:
+        """Number the successors that nobody has seen, and write them out with their hashes."""
         if not batches:
-            return block[:0], [column[:0] for column in hashes]
+            return block[:0], [column[:0] for column in self._hashes]
         canonical = np.concatenate([_least(batch.hashes) for batch in batches])
         distinct, first, inverse = np.unique(canonical, return_index=True, return_inverse=True)
         order = np.argsort(first, kind="stable")
         numbers, fresh = self.visited.add(distinct[order])
+        for batch in batches:
+            self.groups[batch.group].use(batch.outcome)
         if self.keep_graph:
             self._keep_edges(batches, offset, order, numbers, inverse)
         self.explored.edges += len(canonical)
-        return self._write_out(block, batches, first[order][fresh], offset, violations)
+        return self._write_out(block, batches, first[order][fresh], offset)
 
     def _idle(self, size: int, batches: list[_Batch]) -> Ints:
         """The rows in which nothing happens that the protocol owes."""
@@ -267,7 +306,6 @@ class Search:
         parent = np.repeat(np.arange(len(block)), counts)
         ends = np.cumsum(counts)
         outcome = np.arange(total) + np.repeat(group.starts.data[found] - (ends - counts), counts)
-        group.used[outcome] = True
         new_hashes = [column[parent] for column in hashes]
         changes: list[tuple[int, Ints | None, Ints]] = []
         for cell, column in zip(group.scope, group.after, strict=True):
@@ -301,7 +339,6 @@ class Search:
         batches: list[_Batch],
         chosen: Ints,
         offset: int,
-        violations: dict[int, tuple[int, int, int]],
     ) -> tuple[Rows, list[Hashes]]:
         """The rows at these places of the concatenated batches, in that order."""
         rows = np.empty((len(chosen), block.shape[1]), np.int32)
@@ -320,28 +357,29 @@ class Search:
                 for column, each in zip(hashes, batch.hashes, strict=True):
                     column[mine] = each[sources]
             start += size
-        self._look(rows, violations)
+        self._look(rows)
         self._remember(parents, taken, rows)
         return rows, hashes
 
-    def _look(self, rows: Rows, violations: dict[int, tuple[int, int, int]]) -> None:
+    def _look(self, rows: Rows) -> None:
         """Note the first of these new states in which a judge has something to report."""
         first = self.visited.count - len(rows)
         for place in range(len(self.system.cells), len(self.values)):
-            if place in self.closed or place in violations:
+            if place in self.closed or place in self._violations:
                 continue
             bad = np.flatnonzero(self.values[place].violated.data[rows[:, place]])
             if len(bad):
-                violations[place] = (first + int(bad[0]), int(rows[bad[0], place]), -1)
+                self._violations[place] = (first + int(bad[0]), int(rows[bad[0], place]))
 
-    def _close(self, violations: dict[int, tuple[int, int, int]]) -> None:
+    def _close(self) -> None:
         """What was found broken is recorded with its shortest path, and not judged any further."""
-        for place, (state, number, _) in violations.items():
+        for place, (state, number) in self._violations.items():
             judge = self.judges[place - len(self.system.cells)]
             violated = self.values[place].values[number].violated
             path = self.path_to(state)
             self.explored.found[judge.invariant] = Found(judge.invariant, len(path), path, violated.text)
             self._retire(place)
+        self._violations = {}
 
     def _retire(self, place: int) -> None:
         self.closed.add(place)

@@ -108,33 +108,65 @@ def send(channel: tuple[Any, ...], messages: tuple[Any, ...]) -> tuple[Any, ...]
     return channel
 
 
-def text_of(value: Any, rename: Rename | None = None) -> str:
+class Sorted(tuple[Any, ...]):
+    """A set that is kept in order only so that equal sets are equal values; its text does not depend on that order.
+
+    A renaming would disturb the order, and a mirror image must have the text of the state that it mirrors.
+    """
+
+    __slots__ = ()
+
+
+Memo = dict[Any, str]
+"""Texts of tuples that have been asked for before, for one renaming."""
+
+
+def text_of(value: Any, rename: Rename | None = None, memo: Memo | None = None) -> str:
     """A canonical text of a value: equal values give equal texts, whatever order sets and dictionaries have.
 
     With ``rename``, room numbers and names trade places first; so the text of a state's mirror image is had
-    without making the mirror image.
+    without making the mirror image. ``memo`` must always be used with the same renaming.
     """
-    if rename is not None:
-        try:
-            value = rename.get(value, value)
-        except TypeError:
-            pass  # a list or a dictionary: nothing that could be renamed itself
     kind = type(value)
     if kind is str:
-        return f"'{value}'"
-    if kind is int or value is None or kind is bool or kind is float:
+        return f"'{value}'" if rename is None else f"'{rename.get(value, value)}'"
+    if kind is int:
+        return str(value) if rename is None else str(rename.get(value, value))
+    if kind is bool:
+        return str(int(value))
+    if value is None or kind is float:
         return repr(value)
+    if memo is None:
+        memo = {}
+    if not isinstance(value, tuple):
+        return _text_of_other(value, rename, memo)
+    key = (Sorted, value) if kind is Sorted else value
+    try:
+        known = memo.get(key)
+    except TypeError:  # it holds something that can be changed
+        return _text_of_tuple(value, rename, memo)
+    if known is None:
+        known = memo[key] = _text_of_tuple(value, rename, memo)
+    return known
+
+
+def _text_of_tuple(value: tuple[Any, ...], rename: Rename | None, memo: Memo) -> str:
+    texts = [text_of(each, rename, memo) for each in value]
+    return "(" + ",".join(sorted(texts) if type(value) is Sorted else texts) + ")"
+
+
+def _text_of_other(value: Any, rename: Rename | None, memo: Memo) -> str:
     text = getattr(value, "text_of", None)
     if text is not None:
         return str(text(rename))
     if isinstance(value, dict):
-        pairs = sorted(f"{text_of(key, rename)}:{text_of(each, rename)}" for key, each in value.items())
+        pairs = sorted(f"{text_of(key, rename, memo)}:{text_of(each, rename, memo)}" for key, each in value.items())
         return "{" + ",".join(pairs) + "}"
     if isinstance(value, set | frozenset):
-        return "<" + ",".join(sorted(text_of(each, rename) for each in value)) + ">"
+        return "<" + ",".join(sorted(text_of(each, rename, memo) for each in value)) + ">"
     if not isinstance(value, Iterable):
         value = _fields(value)
-    return "(" + ",".join([text_of(each, rename) for each in value]) + ")"
+    return "(" + ",".join([text_of(each, rename, memo) for each in value]) + ")"
 
 
 def _fields(value: Any) -> list[Any]:

@@ -11,15 +11,17 @@ called for a combination that has not been seen before, and never again.
 from __future__ import annotations
 
 import hashlib
+import math
+import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from kvpoll.sim.explorer.system import Cell, Move, Outcome, Rename, text_of
+from kvpoll.sim.explorer.system import Cell, Memo, Move, Outcome, Rename, text_of
 
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.signedinteger[Any]]
 Hashes = npt.NDArray[np.uint64]
 
 DENSE_LIMIT: Final = 1 << 24
@@ -27,6 +29,9 @@ DENSE_LIMIT: Final = 1 << 24
 
 PART_BITS: Final = 21
 """Bits of a sparse key for each of up to three parts."""
+
+LEARNING: Final = threading.RLock()
+"""Held while anything is learned. What was learned is read without it: rows become visible when they are complete."""
 
 
 class Growing:
@@ -57,6 +62,7 @@ class Values:
         self.hashes = [Growing(np.uint64) for _ in range(1 + len(mirrors))]
         self.violated = Growing(np.bool_)
         self._mirrors = mirrors
+        self._memos: list[Memo] = [{} for _ in self.hashes]
 
     def number(self, value: Any) -> int:
         """The number of a value; a new one if it has none."""
@@ -64,9 +70,9 @@ class Values:
         if known is None:
             known = self.numbers[value] = len(self.values)
             self.values.append(value)
-            self.hashes[0].append(_hash(self.cell.name, text_of(value)))
-            for column, (name, rename) in zip(self.hashes[1:], self._mirrors, strict=True):
-                column.append(_hash(name, text_of(value, rename)))
+            self.hashes[0].append(_hash(self.cell.name, text_of(value, None, self._memos[0])))
+            for column, (name, rename), memo in zip(self.hashes[1:], self._mirrors, self._memos[1:], strict=True):
+                column.append(_hash(name, text_of(value, rename, memo)))
             self.violated.append(getattr(value, "violated", None) is not None)
         return known
 
@@ -78,66 +84,86 @@ def _hash(name: str, text: str) -> int:
 
 
 class KeyIndex:
-    """Finds the row of a combination of numbers; -1 where there is none yet."""
+    """Finds the row of a combination of numbers; -1 where there is none yet.
+
+    Readers take a whole index at a time, and a new index is complete before it takes the place of the old one; so
+    other threads may read while one learns.
+    """
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self.capacities = [16] * width
-        self._dense: npt.NDArray[np.int32] | None = np.full(16**width, -1, np.int32)
-        self._keys: Ints = np.empty(0, np.int64)
-        self._rows: npt.NDArray[np.int32] = np.empty(0, np.int32)
-        self._known: list[tuple[int, ...]] = []
+        self.known: list[tuple[int, ...]] = []
+        self._dense: tuple[npt.NDArray[np.int32], tuple[int, ...]] | None
+        self._dense = np.full(16**width, -1, np.int32), (16,) * width
+        self._sorted: tuple[Ints, npt.NDArray[np.int32]] = np.empty(0, np.int64), np.empty(0, np.int32)
 
     def find(self, parts: Sequence[Ints]) -> npt.NDArray[np.int32]:
         """Rows of many combinations."""
-        if self._dense is not None and all(
-            int(part.max(initial=0)) < capacity for part, capacity in zip(parts, self.capacities, strict=True)
-        ):
-            return self._dense[self._flat(parts)]
-        if self._dense is not None:
-            self._grow(parts)
-            return self.find(parts)
-        keys = _packed(parts)
-        if not len(self._keys):
-            return np.full(len(keys), -1, np.int32)
-        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return np.where(self._keys[places] == keys, self._rows[places], np.int32(-1))
+        dense = self._dense
+        if dense is None:
+            return self._search(parts)
+        table, capacities = dense
+        if all(int(part.max(initial=0)) < most for part, most in zip(parts, capacities, strict=True)):
+            return table[_flat(parts, capacities)]
+        with LEARNING:
+            self._grow(parts, capacities)
+        return self.find(parts)
 
-    def add(self, combinations: Sequence[tuple[int, ...]], first_row: int) -> None:
+    def _search(self, parts: Sequence[Ints]) -> npt.NDArray[np.int32]:
+        keys, rows = self._sorted
+        wanted = _packed(parts)
+        if not len(keys):
+            return np.full(len(wanted), -1, np.int32)
+        places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        return np.where(keys[places] == wanted, rows[places], np.int32(-1))
+
+    def add(self, combinations: Sequence[tuple[int, ...]]) -> None:
         """Give the next rows to these combinations, in order."""
-        self._known.extend(combinations)
-        rows = np.arange(first_row, first_row + len(combinations), dtype=np.int32)
+        first = len(self.known)
+        self.known.extend(combinations)
+        self._enter(combinations, first)
+
+    def _enter(self, combinations: Sequence[tuple[int, ...]], first: int) -> None:
+        rows = np.arange(first, first + len(combinations), dtype=np.int32)
         parts = list(np.array(combinations, np.int64).reshape(-1, self.width).T)
         if self._dense is not None:
-            self._dense[self._flat(parts)] = rows
+            table, capacities = self._dense
+            table[_flat(parts, capacities)] = rows
             return
-        keys = np.concatenate([self._keys, _packed(parts)])
+        keys = np.concatenate([self._sorted[0], _packed(parts)])
         order = np.argsort(keys, kind="stable")
-        self._keys, self._rows = keys[order], np.concatenate([self._rows, rows])[order]
+        self._sorted = keys[order], np.concatenate([self._sorted[1], rows])[order]
 
-    def _flat(self, parts: Sequence[Ints]) -> Ints:
-        flat = parts[0].astype(np.int64)
-        for part, capacity in zip(parts[1:], self.capacities[1:], strict=True):
-            flat = flat * capacity + part
-        return flat
-
-    def _grow(self, parts: Sequence[Ints]) -> None:
+    def _grow(self, parts: Sequence[Ints], before: tuple[int, ...]) -> None:
         """More values than there was room for: a larger table, or a sorted one when that would be too large."""
+        if self._dense is None or self._dense[1] != before:
+            return  # another thread has done it
+        capacities = list(before)
         for place, part in enumerate(parts):
-            while int(part.max(initial=0)) >= self.capacities[place]:
-                self.capacities[place] *= 2
-        size = 1
-        for capacity in self.capacities:
-            size *= capacity
-        known = self._known
-        self._known = []
-        self._dense = np.full(size, -1, np.int32) if size <= DENSE_LIMIT else None
-        if known:
-            self.add(known, 0)
+            while int(part.max(initial=0)) >= capacities[place]:
+                capacities[place] *= 2
+        rows = np.arange(len(self.known), dtype=np.int32)
+        known = list(np.array(self.known, np.int64).reshape(-1, self.width).T)
+        if math.prod(capacities) <= DENSE_LIMIT:
+            table = np.full(math.prod(capacities), -1, np.int32)
+            table[_flat(known, capacities)] = rows
+            self._dense = table, tuple(capacities)
+            return
+        keys = _packed(known)
+        order = np.argsort(keys, kind="stable")
+        self._sorted = keys[order], rows[order]
+        self._dense = None
+
+
+def _flat(parts: Sequence[Ints], capacities: Sequence[int]) -> Ints:
+    flat: Ints = parts[0].astype(np.int64)
+    for part, capacity in zip(parts[1:], capacities[1:], strict=True):
+        flat = flat * capacity + part
+    return flat
 
 
 def _packed(parts: Sequence[Ints]) -> Ints:
-    packed = parts[0].astype(np.int64)
+    packed: Ints = parts[0].astype(np.int64)
     for part in parts[1:]:
         packed = packed << PART_BITS | part
     return packed
@@ -170,22 +196,23 @@ class Effects:
         """New value numbers, one for each pair."""
         rows = self._index.find((numbers, operations))
         if (rows < 0).any():
-            missing = np.unique(np.stack([numbers[rows < 0], operations[rows < 0]]), axis=1).T
-            self._learn([(int(value), int(operation)) for value, operation in missing])
-            rows = self._index.find((numbers, operations))
+            with LEARNING:
+                rows = self._index.find((numbers, operations))
+                missing = np.unique(np.stack([numbers[rows < 0], operations[rows < 0]]), axis=1).T
+                self._learn([(int(value), int(operation)) for value, operation in missing])
+                rows = self._index.find((numbers, operations))
         after: Ints = self._after.data[rows]
         return after
 
     def _learn(self, pairs: list[tuple[int, int]]) -> None:
         apply, known = self.values.cell.apply, self.values.values
         assert apply is not None, f"cell {self.values.cell.name} takes no effects"
-        first = self._after.size
         for value, operation in pairs:
             result = known[value]
             for each in self.operations[operation]:
                 result = apply(result, each)
             self._after.append(self.values.number(result))
-        self._index.add(pairs, first)
+        self._index.add(pairs)
 
 
 class Group:
@@ -205,24 +232,34 @@ class Group:
         self._effects = effects
         self._places = {values.cell.name: place for place, values in enumerate(cells)}
         self._judges: list[tuple[int, Any]] = []
-        self._index = KeyIndex(len(scope))
+        self.index = KeyIndex(len(scope))
 
     def judged_by(self, judges: Sequence[tuple[int, Any]]) -> None:
         """(cell place, judge) of every monitor that hears the events of these moves."""
         self._judges = list(judges)
 
+    def use(self, outcomes: Ints) -> None:
+        """Note that these outcomes have been witnessed."""
+        if len(self.used) < len(self.outcomes):
+            self.used = np.concatenate([self.used, np.zeros(len(self.outcomes), np.bool_)])
+        self.used[outcomes] = True
+
+    def learn(self, combinations: list[tuple[int, ...]]) -> None:
+        """Learn combinations in a given order, so that everything gets the numbers that it had before."""
+        self._learn(combinations)
+
     def find(self, parts: Sequence[Ints]) -> npt.NDArray[np.int32]:
         """Rows of (starts, counts) for many combinations, learning those that are new."""
-        rows = self._index.find(parts)
-        unknown = rows < 0
-        if unknown.any():
-            missing = np.unique(np.stack([part[unknown] for part in parts]), axis=1).T
-            self._learn([tuple(int(part) for part in combination) for combination in missing])
-            rows = self._index.find(parts)
+        rows = self.index.find(parts)
+        if (rows < 0).any():
+            with LEARNING:
+                unknown = self.index.find(parts) < 0
+                missing = np.unique(np.stack([part[unknown] for part in parts]), axis=1).T
+                self._learn([tuple(int(part) for part in combination) for combination in missing])
+                rows = self.index.find(parts)
         return rows
 
     def _learn(self, combinations: list[tuple[int, ...]]) -> None:
-        first = self.starts.size
         for combination in combinations:
             values = [self._cells[cell].values[part] for cell, part in zip(self.scope, combination, strict=True)]
             self.starts.append(len(self.outcomes))
@@ -231,9 +268,7 @@ class Group:
                 for outcome in move.act(*values):
                     self._add(number, outcome)
             self.counts.append(len(self.outcomes) - before)
-        if len(self.used) < len(self.outcomes):
-            self.used = np.concatenate([self.used, np.zeros(len(self.outcomes), np.bool_)])
-        self._index.add(combinations, first)
+        self.index.add(combinations)
 
     def _add(self, number: int, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
@@ -248,10 +283,11 @@ class Group:
             if heard:
                 ordered[place] = heard
         for place in ordered.keys() | self.operations.keys():
-            column = self.operations.get(place)
-            if column is None:
-                column = self.operations[place] = Growing(np.int32)
+            if place not in self.operations:
+                column = Growing(np.int32)
                 for _ in range(len(self.outcomes) - 1):
                     column.append(0)
+                self.operations = {**self.operations, place: column}
+            column = self.operations[place]
             operations = ordered.get(place)
             column.append(self._effects[place].number(tuple(operations)) if operations else 0)
