@@ -49,6 +49,11 @@ class ModelFile:
         return system
 
     @property
+    def is_shipped(self) -> bool:
+        """Does it come with kvpoll, so that its name is enough?"""
+        return Path(self.path).parent == MODELS
+
+    @property
     def marks(self) -> frozenset[str]:
         """What must be witnessed, so that nothing holds because nothing happened."""
         kinds = {f"fault {kind}" for kind, count in self.faults.items() if count and kind != "total"}

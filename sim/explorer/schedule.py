@@ -24,7 +24,8 @@ from kvpoll.sim.run import Progress, Recorder
 from kvpoll.spec.invariants import INVARIANTS, Watch
 from kvpoll.spec.protocol import Profile, Protocol
 from kvpoll.spec.source import BadInput, nearest
-from kvpoll.spec.trace import Marked, Stream
+from kvpoll.spec.trace import Delivered, FaultBegan, FaultEnded, Lost, Marked, Sent, Stream
+from kvpoll.spec.vocabulary import Incarnation
 
 STEP_S: Final = 0.001
 """Virtual time between two moves."""
@@ -54,6 +55,10 @@ class Stepper:
         self._apply(move, outcomes[0])
         return outcomes[0]
 
+    def move(self, written: str) -> Move:
+        """The move that a line of a schedule names."""
+        return self._moves[written.partition(" | ")[0]]
+
     def outcomes(self, move: Move) -> list[Outcome]:
         """What a move may lead to from here; what changes nothing is no step."""
         values = [self.state[cell] for cell in move.scope]
@@ -74,6 +79,50 @@ class Stepper:
         """What every node says of itself now."""
         for cell in self.system.cells:
             yield from self.system.survey(cell.name, self.state[cell.name])
+
+
+class Post:
+    """Tells the messages of a behaviour: what a move put on a channel, took from it, or lost with it."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._serials: dict[str, list[tuple[Any, int]]] = {name: [] for name in state if name.startswith("chan ")}
+        self._count = 0
+
+    def tell(self, state: dict[str, Any], t: float) -> list[Any]:
+        """Sent, Delivered and Lost events of the move that led to this state."""
+        told: list[Any] = []
+        for name, underway in self._serials.items():
+            _, sender, to = name.split(" ")
+            now = list(state[name])
+            lost = bool(underway) and not any(message in now for message, _ in underway[1:])
+            while underway and (not now or underway[0][0] != now[0]):
+                message, serial = underway.pop(0)
+                gone = Lost if lost and len(underway) > 0 else Delivered
+                told.append(gone(t, to, sender, _said(message), _identity(message), serial))
+            for message in now[len(underway) :]:
+                self._count += 1
+                underway.append((message, self._count))
+                told.append(Sent(t, sender, to, _said(message), _identity(message), self._count))
+        return sorted(told, key=lambda event: isinstance(event, Sent))
+
+
+def _faults(move: Move, outcome: Outcome, t: float) -> list[Any]:
+    """A fault of the environment begins and ends with its move."""
+    if move.kind != "fault":
+        return []
+    node = move.scope[0].split(" ")[-1]
+    kind = next((mark.removeprefix("fault ") for mark in outcome.marks if mark.startswith("fault ")), "fault")
+    return [FaultBegan(t, node, move.name, kind, ()), FaultEnded(t, node, move.name, kind)]
+
+
+def _said(message: tuple[Any, ...]) -> str:
+    """How a message is called in a picture: its kind, and the outcome that it carries if it does."""
+    outcomes = [part for part in message[1:] if part in ("Success", "Failed")]
+    return " ".join([str(message[0]), *outcomes])
+
+
+def _identity(message: tuple[Any, ...]) -> Incarnation:
+    return next((part for part in message if isinstance(part, Incarnation)), Incarnation(0, 0, 0))
 
 
 def _is_prompt(move: Move) -> bool:
@@ -119,11 +168,13 @@ class ScheduledRun:
 
     def _play(self, env: simpy.Environment, stepper: Stepper, schedule: Schedule) -> Iterator[Any]:
         """(time, events, marks) of each move, as SimPy's clock goes on."""
+        post = Post(stepper.state)
         yield env.now, stepper.system.start, ()
         for written in (*schedule.moves, *schedule.cycle):
             env.run(until=env.now + STEP_S)
             outcome = stepper.take(written)
-            yield env.now, outcome.events, outcome.marks
+            events = (*outcome.events, *post.tell(stepper.state, env.now))
+            yield env.now, (*_faults(stepper.move(written), outcome, env.now), *events), outcome.marks
         if schedule.ends == "idle":
             env.run(until=env.now + STEP_S)
             yield env.now, tuple(stepper.survey()), ()

@@ -26,6 +26,14 @@ class Visited:
         """Memory it holds."""
         return int(self._keys.nbytes + self._numbers.nbytes)
 
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What it holds, for a checkpoint."""
+        return {"visited_keys": self._keys, "visited_numbers": self._numbers}
+
+    def restore(self, arrays: dict[str, npt.NDArray[Any]], count: int) -> None:
+        """Hold what a checkpoint held."""
+        self._keys, self._numbers, self.count = arrays["visited_keys"], arrays["visited_numbers"], count
+
     def add(self, hashes: Hashes) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Numbers of these distinct hashes, and which of them are new. New ones are numbered in their order."""
         self._make_room(len(hashes))

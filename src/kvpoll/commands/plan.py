@@ -150,6 +150,12 @@ def read_spec(path: str | None) -> Protocol:
     return load() if path is None else load(Path(path))
 
 
+def changed_profile(protocol: Protocol, name: str, changes: Iterable[str]) -> Profile:
+    """The profile of that name with the rules of --set changed. Raises BadInput."""
+    base = protocol.profile(name)
+    return base.with_rules(_changes(changes, protocol.rules, base.rules))
+
+
 def _profile(plan: Plan, protocol: Protocol, scenario: Scenario) -> Profile:
     """The profile of that name, or what the scenario calls so, with the rules of --set changed."""
     labels = {expectation.label: expectation for expectation in scenario.expectations}
