@@ -26,7 +26,7 @@ LIVENESS_STATES: Final = 400_000
 COMMONPLACE: Final = frozenset({Stepped, Admitted, NodeStarted, NodeStopped})
 """Events that nearly every model emits; hearing nothing else tells a monitor nothing, if it could hear more."""
 
-NEEDS: Final[dict[str, type[Any]]] = {"L4": Healed}
+NEEDS: Final[dict[str, type[Any]]] = {"L2": Stepped, "L4": Healed}
 """The event without which a monitor has nothing to judge."""
 
 
