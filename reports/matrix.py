@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvpoll.reports.spacetime import Panel, draw
-from kvpoll.sim.explorer.matrix import Cell, Shortest, Verdict, as_object
+from kvpoll.sim.explorer.judges import NOT_JUDGED
+from kvpoll.sim.explorer.matrix import Cell, Shortest, Verdict, as_object, blame
 from kvpoll.sim.explorer.schedule import ScheduledRun
 from kvpoll.sim.scenario import parse_scenario
 from kvpoll.spec.invariants import INVARIANTS
-from kvpoll.spec.protocol import Protocol
+from kvpoll.spec.protocol import Protocol, check_rule_values
 from kvpoll.spec.source import Source
 
 HERE: Final = Path(__file__).resolve().parent
 CANDIDATES: Final = HERE / "candidates.toml"
 PICTURES: Final = "counterexamples"
+_CANDIDATE: Final = {
+    "id": str, "title": str, "model": str, "invariant": str, "rules": dict, "verdict": str, "evidence": str,
+    "claim": str, "advice": str,
+}  # fmt: skip
 
 Cells = Mapping[tuple[str, str], Cell]
 
@@ -29,14 +34,17 @@ def write(
     verdicts: Sequence[Verdict],
     cells: Cells,
     tell: Callable[[str], None],
+    memory_bytes: int = 6 << 30,
 ) -> list[Path]:
     """Write matrix.json, matrix.md and the pictures and scenarios of broken cells into a folder."""
+    tell("exploring the candidates")
+    found = blames(protocol, memory_bytes)
     pictures = _pictures(folder, protocol, profiles, cells, tell)
     ordered = sorted(verdicts, key=lambda verdict: (verdict.profile, verdict.model))
     data = {"spec": protocol.digest, "verdicts": [as_object(verdict) for verdict in ordered]}
     (folder / "matrix.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     page = folder / "matrix.md"
-    page.write_text(render(protocol, profiles, ordered, cells, pictures), encoding="utf-8")
+    page.write_text(render(protocol, profiles, ordered, cells, pictures, found), encoding="utf-8")
     return [page, folder / "matrix.json", *sorted({folder / name for name in pictures.values()})]
 
 
@@ -83,8 +91,9 @@ def render(
     verdicts: Sequence[Verdict],
     cells: Cells,
     pictures: Mapping[tuple[str, str], str],
+    found: Mapping[str, Shortest | None],
 ) -> str:
-    """The page as Markdown."""
+    """The page as Markdown. ``found``: what the rules of each candidate do."""
     parts = [
         "# What holds under which profile",
         "Written by `kvpoll matrix`; do not edit. Every model of `spec/models/` was explored completely under every "
@@ -94,7 +103,7 @@ def render(
         _table(profiles, cells, pictures),
         _not_judged(),
         "## SGLang 0.5.23, candidate by candidate",
-        *_candidates(cells),
+        *(_candidate(entry, found.get(entry["id"])) for entry in candidates(protocol)),
         "## The models",
         _models(verdicts),
     ]
@@ -118,40 +127,54 @@ def _shown(cell: Cell, picture: str | None) -> str:
 
 
 def _not_judged() -> str:
-    from kvpoll.sim.explorer.judges import NOT_JUDGED
-
     said = "; ".join(f"{name}: {why}" for name, why in NOT_JUDGED.items())
     waiting = "; ".join(f"{each.id}: {each.waits_for}" for each in INVARIANTS.values() if each.waits_for)
     return f"Not judged by exploration (the simulator judges them): {said}. Without a monitor: {waiting}."
 
 
-def candidates() -> list[dict[str, Any]]:
-    """The candidates of the race catalogue's section 3, with what the explorer says of each. Raises BadInput."""
+def candidates(protocol: Protocol) -> list[dict[str, Any]]:
+    """The candidates of ``candidates.toml``, checked. Raises BadInput."""
     source = Source(CANDIDATES)
+    source.require_known((), source.data, ("candidate",), "section")
     entries: list[dict[str, Any]] = source.data.get("candidate", [])
     for place, entry in enumerate(entries):
         path = ("candidate", place)
-        source.require_all(path, entry, ("id", "claim", "verdict", "advice"), "a candidate")
-        if entry["verdict"] not in ("confirmed", "refuted", "open"):
-            raise source.error(path, 'verdict must be "confirmed", "refuted" or "open"')
+        source.require_forms(path, entry, _CANDIDATE)
+        source.require_all(path, entry, ("id", "title", "claim", "advice"), "a candidate")
+        if "rules" in entry:
+            source.require_all(path, entry, ("model", "invariant"), "a candidate with rules")
+            source.require_known((*path, "invariant"), [entry["invariant"]], INVARIANTS, "invariant")
+            check_rule_values(source, (*path, "rules"), entry["rules"], protocol.rules)
+        elif entry.get("verdict") not in ("confirmed", "refuted", "open") or "evidence" not in entry:
+            raise source.error(
+                path, 'a candidate without rules needs evidence, and verdict = "confirmed", "refuted" or "open"'
+            )
     return entries
 
 
-def _candidates(cells: Cells) -> list[str]:
-    parts = []
-    for entry in candidates():
-        evidence = ""
-        if "invariant" in entry:
-            cell = cells.get(("sglang-0.5.23", entry["invariant"]))
-            model = entry["model"]
-            evidence = f" Model `{model}`, invariant {entry['invariant']}"
-            if cell is not None and cell.model == model and cell.length is not None:
-                evidence += f", {cell.length} moves"
-            evidence += f"; with `{entry['mend']}` it holds." if "mend" in entry else "."
-        parts.append(
-            f"**{entry['id']}, {entry['verdict']}.** {entry['claim'].strip()}{evidence} {entry['advice'].strip()}"
-        )
-    return parts
+def blames(protocol: Protocol, memory_bytes: int) -> dict[str, Shortest | None]:
+    """What the rules of each candidate do when they are switched in `reference`."""
+    return {
+        entry["id"]: blame(entry["model"], entry["rules"], entry["invariant"], memory_bytes)
+        for entry in candidates(protocol)
+        if "rules" in entry
+    }
+
+
+def _candidate(entry: Mapping[str, Any], found: Shortest | None) -> str:
+    """One candidate as a paragraph: claim, verdict with its evidence, advice."""
+    if "rules" in entry:
+        rules = ", ".join(f"`{name} = {value}`" for name, value in entry["rules"].items())
+        where = f"on model `{entry['model']}`: {rules} alone, switched in `reference`,"
+        verdict = "confirmed" if found is not None else "refuted"
+        evidence = f"{where} leaves {entry['invariant']} whole."
+        if found is not None:
+            evidence = f"{where} breaks {entry['invariant']} in {found.length} moves ({found.text})."
+        evidence = evidence[0].upper() + evidence[1:]
+    else:
+        verdict, evidence = entry["verdict"], entry["evidence"].strip()
+    claim, advice = entry["claim"].strip(), entry["advice"].strip()
+    return f"### {entry['id']}: {entry['title']} ({verdict})\n\n{claim}\n\n{evidence}\n\n**Advice.** {advice}"
 
 
 def _models(verdicts: Sequence[Verdict]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from kvpoll.sim.explorer.search import Explored, Progress, Search, Taken, TooLar
 from kvpoll.sim.explorer.system import System
 from kvpoll.sim.run import Outcome as Result
 from kvpoll.sim.scenario import parse_scenario
-from kvpoll.spec.protocol import Profile, Protocol, Value
+from kvpoll.spec.protocol import Profile, Protocol, Value, load
 from kvpoll.spec.source import Source
 from kvpoll.spec.trace import Admitted, Healed, NodeStarted, NodeStopped, Stepped
 
@@ -151,8 +152,8 @@ def _end(path: list[Taken]) -> str:
 
 def _has_heard(search: Search, judge: Judge) -> bool:
     """Did any behaviour tell this monitor anything that it could judge by?"""
-    telling = {NEEDS[judge.invariant]} if judge.invariant in NEEDS else judge.handles.keys() - COMMONPLACE
-    telling = telling or judge.handles.keys()
+    heard = set(judge.handles)
+    telling = {NEEDS[judge.invariant]} if judge.invariant in NEEDS else heard - COMMONPLACE or heard
     if {event.__name__ for event in telling} == {"Surveyed"}:
         return search.explored.quiet > 0
     return any(
@@ -195,7 +196,10 @@ def replay(
     Returns the scenario's text, which expects what really broke; what came of it; and the events.
     """
     draft = scenario_of(report, found, (found.invariant,), origin)
-    line = f"kvpoll run {place} --profile {_base(report)} --seed 0"
+    words = ["kvpoll", "run", place, "--profile", _base(report)]
+    if protocol.path != load().path:
+        words += ["--spec", protocol.path]
+    line = shlex.join([*words, "--seed", "0"])
     first = _play(draft, report, protocol, line, None, [])
     others = sorted(first.violations.keys() - {found.invariant})
     text = scenario_of(report, found, (found.invariant, *others), origin)
@@ -209,7 +213,7 @@ def _base(report: Report) -> str:
 
 
 def _play(text: str, report: Report, protocol: Protocol, line: str, trace: IO[str] | None, events: list[Any]) -> Result:
-    name = Path(line.split()[2]).stem
+    name = Path(shlex.split(line)[2]).stem
     scenario = parse_scenario(Source(f"{name}.toml", text), protocol, name)
     return ScheduledRun(protocol, scenario, report.profile, 0, line, trace, collect=events)()
 

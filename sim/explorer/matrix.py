@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import joblib
@@ -10,7 +10,7 @@ import joblib
 from kvpoll.sim.explorer.explore import Limits, explore, replay
 from kvpoll.sim.explorer.model import load_model
 from kvpoll.spec.invariants import INVARIANTS
-from kvpoll.spec.protocol import load
+from kvpoll.spec.protocol import Value, load
 
 
 class Shortest(NamedTuple):
@@ -49,11 +49,12 @@ class Cell(NamedTuple):
     found: Shortest | None = None
 
 
-def judge(profile_name: str, model_name: str, memory_bytes: int) -> Verdict:
-    """Explore one model under one profile and replay what it finds."""
-    protocol = load()
-    model, profile = load_model(model_name, protocol), protocol.profile(profile_name)
-    report = explore(model, protocol, profile, limits=Limits(memory_bytes=memory_bytes))
+def judge(profile_name: str, model_name: str, memory_bytes: int, rules: Mapping[str, Value] | None = None) -> Verdict:
+    """Explore one model under one profile, with some rules switched, and replay what it finds."""
+    protocol, rules = load(), rules or {}
+    model, profile = load_model(model_name, protocol), protocol.profile(profile_name).with_rules(rules)
+    limits = Limits(memory_bytes=memory_bytes, liveness=True if rules else None)
+    report = explore(model, protocol, profile, rules, limits=limits)
     broken = {}
     for found in report.broken.values():
         origin = f"kvpoll explore {model_name} --profile {profile_name}"
@@ -79,6 +80,11 @@ def judge_all(profiles: Sequence[str], models: Sequence[str], workers: int, memo
     jobs = [(profile, model) for model in models for profile in profiles]
     parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
     yield from parallel(joblib.delayed(judge)(profile, model, memory_bytes) for profile, model in jobs)
+
+
+def blame(model_name: str, rules: Mapping[str, Value], invariant: str, memory_bytes: int) -> Shortest | None:
+    """What these rules alone, switched in `reference`, do to one invariant on one model."""
+    return judge("reference", model_name, memory_bytes, rules).broken.get(invariant)
 
 
 def cells(verdicts: Iterable[Verdict], profiles: Sequence[str]) -> dict[tuple[str, str], Cell]:

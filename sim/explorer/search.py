@@ -31,6 +31,12 @@ from kvpoll.spec.source import BadInput
 BLOCK: Final = 1 << 15
 """States expanded at a time: large enough for numpy, small enough for the processor's cache."""
 
+GROUP_BITS: Final = 16
+"""How a step is remembered: the number of the outcome in its group, then the number of the group."""
+
+SURVEY: Final = Move("survey", "step", (), lambda: ())
+"""The last step of a path to a state that a look at an idle node found broken; nothing moves."""
+
 Rows = npt.NDArray[np.int32]
 
 
@@ -187,9 +193,9 @@ class Search:
             if until_found and explored.found:
                 explored.stopped = "found"
                 break
-            whole = self._level(lambda left: progress(self._progress(began, left)))
+            self._level(lambda left: progress(self._progress(began, left)))
             explored.seconds = time.monotonic() - began
-            if not whole:
+            if self.stop and len(self._frontier):
                 explored.stopped = "interrupted"
                 break
         explored.complete = not len(self._frontier)
@@ -211,8 +217,8 @@ class Search:
         frontier = self._frontier.nbytes + sum(column.nbytes for column in self._hashes)
         return self.visited.bytes() + kept + edges + 2 * frontier
 
-    def _level(self, tell: Callable[[int], None]) -> bool:
-        """Expand what is left of the frontier, block by block. False when it was stopped before the end."""
+    def _level(self, tell: Callable[[int], None]) -> None:
+        """Expand what is left of the frontier, block by block, unless it is stopped before the end."""
         frontier = self._frontier
         for first, block, batches, quiet in self._expanded():
             self._find_quiet(block, quiet, self._first_number + first)
@@ -225,10 +231,11 @@ class Search:
             if self._bytes() > self.memory_bytes:
                 self._give_up(left)
             if self.stop:
-                return self._position >= len(frontier) and self._turn_over()
-        return self._turn_over()
+                break
+        if self._position >= len(frontier):
+            self._turn_over()
 
-    def _turn_over(self) -> bool:
+    def _turn_over(self) -> None:
         """The level is done: what was new in it is the next frontier."""
         self._frontier = np.concatenate(self._next_rows)
         self._hashes = [np.concatenate([each[k] for each in self._next_hashes]) for k in range(len(self._hashes))]
@@ -236,7 +243,6 @@ class Search:
         self._position, self._next_rows, self._next_hashes = 0, [], []
         self.explored.depth += 1
         self._close()
-        return True
 
     def _expanded(self) -> Iterator[tuple[int, Rows, list[_Batch], Ints]]:
         """(place, block, successors, idle rows) of every block that is left, in order; several threads work ahead."""
@@ -353,7 +359,7 @@ class Search:
                 sources = chosen[mine] - start
                 rows[mine] = _patched(block, batch, sources)
                 parents[mine] = batch.parent[sources] + offset
-                taken[mine] = batch.outcome[sources] << 8 | batch.group
+                taken[mine] = batch.outcome[sources] << GROUP_BITS | batch.group
                 for column, each in zip(hashes, batch.hashes, strict=True):
                     column[mine] = each[sources]
             start += size
@@ -408,8 +414,7 @@ class Search:
             seen = judge.apply(self.values[place].values[row[place]], event)
             if seen.violated is not None:
                 path = self.path_to(state)
-                end = Outcome((), f"{event.node} is idle and is looked at", events=(event,))
-                path.append(Taken(Move("survey", "step", (), lambda: ()), end, state))
+                path.append(Taken(SURVEY, Outcome((), f"{event.node} is idle and is looked at", events=(event,)), state))
                 self.explored.found[judge.invariant] = Found(judge.invariant, len(path), path, seen.violated.text)
 
     # -- paths and graph
@@ -427,7 +432,8 @@ class Search:
         parents, taken = self._history()
         path: list[Taken] = []
         while state > 0:
-            group, outcome = self.groups[int(taken[state]) & 255], int(taken[state]) >> 8
+            outcome, place = divmod(int(taken[state]), 1 << GROUP_BITS)
+            group = self.groups[place]
             move = self.system.moves[int(group.move.data[outcome])]
             path.append(Taken(move, group.outcomes[outcome], state))
             state = int(parents[state])
@@ -474,7 +480,8 @@ def _least(hashes: list[Hashes]) -> Hashes:
 
 
 def _compact(rows: Any) -> npt.NDArray[Any]:
-    return rows.astype(np.uint16) if rows.max(initial=0) < 1 << 16 else rows.astype(np.int32)
+    compact: npt.NDArray[Any] = rows.astype(np.uint16 if rows.max(initial=0) < 1 << 16 else np.int32)
+    return compact
 
 
 def _without(batch: _Batch, still: npt.NDArray[np.bool_]) -> _Batch | None:

@@ -89,7 +89,9 @@ def main_job(trace: str | None, traffic_s: float | None = None) -> Job:
     prepared = prepare(Plan(MAIN, trace=trace, minutes=None if traffic_s is None else traffic_s / 60))
 
     def run(check: bool, progress: Callable[[float, float], None]) -> Run:
-        return prepared.run(0, check=check, progress=progress)
+        made = prepared.run(0, check=check, progress=progress)
+        assert isinstance(made, Run)
+        return made
 
     return Job("2P2D", run, prepared.scenario.timing.hostile_s, 113)
 

@@ -14,7 +14,20 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from kvpoll import __version__
-from kvpoll.commands import campaign, demo, diagram, explore, listing, replay, report, reproduce, run
+from kvpoll.commands import (
+    campaign,
+    demo,
+    diagram,
+    explore,
+    listing,
+    matrix,
+    mutants,
+    replay,
+    report,
+    reproduce,
+    run,
+    shrink,
+)
 from kvpoll.commands.options import Parser
 from kvpoll.commands.screen import Screen
 from kvpoll.commands.status import BAD_INPUT, DEFECT, INTERRUPTED
@@ -56,7 +69,7 @@ def parser() -> Parser:
     top = Parser(prog="kvpoll", description="The prefill/decode KV-transfer protocol under test.", epilog=EPILOG)
     top.add_argument("--version", action="version", version=f"kvpoll {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for command in (listing, reproduce, run, campaign, explore, replay, report, demo, diagram):
+    for command in (listing, reproduce, run, campaign, explore, matrix, mutants, replay, shrink, report, demo, diagram):
         command.add(verbs)
     verbs.add_parser("bench", help="Measure kvpoll beside its peers.", add_help=False)
     return top
