@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 from kvpoll.spec.trace import Answered, HealthReported, NodeStarted, NodeStopped, Requested
@@ -25,7 +25,8 @@ class BootstrapServer:
         self.slow_s = 0.0
         self.error_share = 0.0
         self.registry = Registry()
-        self.dp_entries: dict[int, DpEntry] = {}
+        self.dp_entries: dict[Hashable, DpEntry] = {}
+        self._expiry_s: dict[Hashable, float] = {}
         self._draw = world.chance(f"{name}/errors")
         world.alive[name] = False
 
@@ -40,7 +41,7 @@ class BootstrapServer:
         world.alive[self.name] = True
         if amnesia:
             self.registry = Registry()
-            self.dp_entries = {}
+            self.dp_entries, self._expiry_s = {}, {}
         world.emit(NodeStarted(world.now, self.name, self.epoch))
 
     def stop(self) -> None:
@@ -106,15 +107,20 @@ class BootstrapServer:
             status = {"AnswerRoute": 200, "AnswerNotReady": 503, "AnswerUnknownRank": 404}[orders[0][0]]
             return status, dict(self.registry.ranks) if status == 200 else None
         if route == "POST /register_dp_rank":
-            room, rank = detail
-            entry, _ = machines.dp_entry.step(self.dp_entries.get(room, DpEntry()), "DpRankRegistered", rank)
-            self.dp_entries[room] = entry
-            self.world.after(self.world.profile.number("dp_entry_timeout_s"), self._expire, room, entry, self.epoch)
+            self._enter_dp_rank(*detail)
             return 200, None
-        return 200, {room: rank for room in detail if (rank := self._dp_rank(room)) is not None}
+        return 200, {key: rank for key in detail if (rank := self._dp_rank(key)) is not None}
 
-    def _dp_rank(self, room: int) -> int | None:
-        entry = self.dp_entries.get(room, DpEntry())
+    def _enter_dp_rank(self, key: Hashable, rank: int) -> None:
+        """File where a request runs; the entry carries its own time of expiry, as one with the same rank is equal."""
+        world = self.world
+        entry, _ = world.machines.dp_entry.step(self.dp_entries.get(key, DpEntry()), "DpRankRegistered", rank)
+        timeout_s = world.profile.number("dp_entry_timeout_s")
+        self.dp_entries[key], self._expiry_s[key] = entry, world.now + timeout_s
+        world.after(timeout_s, self._expire, key, world.now + timeout_s)
+
+    def _dp_rank(self, key: Hashable) -> int | None:
+        entry = self.dp_entries.get(key, DpEntry())
         _, orders = self.world.machines.dp_entry.step(entry, "DpRankQueried")
         return entry.rank if orders else None
 
@@ -123,7 +129,8 @@ class BootstrapServer:
         complete = len(self.registry.ranks) >= expected
         self.world.emit(HealthReported(self.world.now, self.name, True, complete))
 
-    def _expire(self, room: int, entry: DpEntry, epoch: int) -> None:
-        if self.epoch == epoch and self.dp_entries.get(room) is entry:
-            self.world.machines.dp_entry.step(entry, "EntryExpired", None)
-            del self.dp_entries[room]
+    def _expire(self, key: Hashable, expiry_s: float) -> None:
+        """An entry ages with its table: a process that takes the table over takes its times over too (R1)."""
+        if self._expiry_s.get(key) == expiry_s:
+            self.world.machines.dp_entry.step(self.dp_entries.pop(key), "EntryExpired", None)
+            del self._expiry_s[key]

@@ -386,9 +386,8 @@ class PrefillRank(Rank):
             world.mark(self.node, "dp_conflict")
             self.deliver("DpConflictFound", entry.incarnation, cause)
         elif dp_rank.must_register(world.profile, dp_size, follows) and self.pp == 0 and self.index == 0:
-            engine.server.request(
-                self.node, "POST /register_dp_rank", (request.pair[0], rank), 0, lambda status, body: None
-            )
+            key = dp_rank.entry_key(world.profile, request.pair)
+            engine.server.request(self.node, "POST /register_dp_rank", (key, rank), 0, lambda status, body: None)
 
     def _move(self, entry: Entry, fact: str) -> None:
         """Step a request's queue machine and keep the gauges."""

@@ -8,15 +8,21 @@ import simpy
 
 from kvpoll.sim.topology import rank_name
 from kvpoll.spec.trace import Stalled
+from kvpoll.statemachine.dp_rank import entry_key
 from kvpoll.statemachine.roles import Resolution
-from kvpoll.statemachine.routes import may_use
+from kvpoll.statemachine.routes import gives_up, may_use
 
 if TYPE_CHECKING:
     from kvpoll.sim.decode import DecodeRank, Entry
 
 
 class Finder:
-    """The set-up of one rank's receivers. All its HTTP is asynchronous, unless the rule says that it blocks."""
+    """The set-up of one rank's receivers. All its HTTP is asynchronous, unless the rule says that it blocks.
+
+    ``_asking``: for each engine whose topology is asked for, who waits for it, and how many answers there had been
+    when it came. ``_unanswered``: for each engine, the requests whose DP rank its server did not know, and how often
+    each has been asked for.
+    """
 
     def __init__(self, rank: DecodeRank) -> None:
         self.rank = rank
@@ -24,8 +30,11 @@ class Finder:
         self.stall: simpy.Event | None = None
         self._endpoints: dict[str, dict[str, int]] = {}
         self._topology: set[str] = set()
-        self._asking: dict[str, list[Entry]] = {}
+        self._asking: dict[str, dict[Entry, int]] = {}
+        self._attempts: dict[str, int] = {}
         self._names: dict[tuple[int, int], list[str]] = {}
+        self._unanswered: dict[str, dict[Entry, tuple[Resolution, int]]] = {}
+        self._asks_again = False
 
     def drop(self, engine: str) -> None:
         """Forget what is cached of an engine."""
@@ -36,11 +45,11 @@ class Finder:
         """Start the set-up of a receiver."""
         engine = f"P{entry.request.prefill}"
         if engine in self._topology:
-            self._resolve(entry)
+            self._resolve(engine, [entry])
         elif engine in self._asking:
-            self._asking[engine].append(entry)
+            self._asking[engine][entry] = self._attempts[engine]
         else:
-            self._asking[engine] = [entry]
+            self._asking[engine] = {entry: 0}
             self._ask_topology(engine, 1)
 
     def give_up(self, rid: str, cause: str) -> None:
@@ -58,6 +67,7 @@ class Finder:
     # -- topology
 
     def _ask_topology(self, engine: str, attempt: int) -> None:
+        self._attempts[engine] = attempt
         self._request(
             engine,
             "GET /route",
@@ -70,19 +80,18 @@ class Finder:
         if self.rank.is_over():
             return
         profile = self.world.profile
-        waiting = [entry for entry in self._asking[engine] if self._is_wanted(entry)]
+        asking = {entry: since for entry, since in self._asking.pop(engine).items() if self._is_wanted(entry)}
         if status == 200:
-            del self._asking[engine]
             self._topology.add(engine)
-            for entry in waiting:
-                self._resolve(entry)
-        elif attempt >= profile.number("topology_attempts") or not waiting:
-            del self._asking[engine]
-            for entry in waiting:
-                self._fail(entry, f"topology_{status}")
-        else:
+            self._resolve(engine, list(asking))
+            return
+        waiting = {entry: since for entry, since in asking.items() if not gives_up(profile, attempt - since, attempt)}
+        if waiting:
             self._asking[engine] = waiting
             self.world.after(profile.number("topology_retry_s"), self._ask_topology, engine, attempt + 1)
+        for entry in asking:
+            if entry not in waiting:
+                self._fail(entry, f"topology_{status}")
 
     def _is_wanted(self, entry: Entry) -> bool:
         room = self.rank.rooms.get(entry.incarnation.room)
@@ -92,38 +101,62 @@ class Finder:
 
     # -- DP rank
 
-    def _resolve(self, entry: Entry) -> None:
-        engine = self.rank.decode_engine.cluster.prefill[entry.request.prefill]
+    def _resolve(self, engine: str, entries: list[Entry]) -> None:
+        asking: dict[Entry, Resolution] = {}
         follows = self.world.topology.follows_room
-        facts = (engine.dp_ranks, follows, entry.request.pair[0] % engine.dp_ranks)
-        state, orders = self.world.machines.resolution.step(Resolution(), "TopologyLearned", facts)
-        if orders:
-            self._query(entry, state, 0)
-        else:
-            self._fetch(entry, state.rank)
+        dp_ranks = self.rank.decode_engine.cluster.prefill[int(engine[1:])].dp_ranks
+        for entry in entries:
+            facts = (dp_ranks, follows, entry.request.pair[0] % dp_ranks)
+            state, orders = self.world.machines.resolution.step(Resolution(), "TopologyLearned", facts)
+            if orders:
+                asking[entry] = state
+            else:
+                self._fetch(entry, state.rank)
+        self._query(engine, asking, 0)
 
-    def _query(self, entry: Entry, state: Resolution, repeat: int) -> None:
-        if not self._is_wanted(entry) or self.rank.is_over():
+    def _query(self, engine: str, asking: dict[Entry, Resolution], repeat: int) -> None:
+        """Ask a server for the DP ranks of all these requests in one batch."""
+        asking = {entry: state for entry, state in asking.items() if self._is_wanted(entry)}
+        if not asking or self.rank.is_over():
             return
-
-        room = entry.request.pair[0]
+        keys = {entry: entry_key(self.world.profile, entry.request.pair) for entry in asking}
 
         def answered(status: int | str, body: Any) -> None:
-            rank = body.get(room) if status == 200 else None
-            after, orders = self.world.machines.resolution.step(state, "DpRankAnswered", rank)
-            if not orders:
-                self.world.mark(self.rank.node, "dp_rank_queried")
-                self._fetch(entry, after.rank)
-            else:
-                retry_s = self.world.profile.number("dp_query_retry_s")
-                self.world.after(retry_s, self._query_again, entry, after, repeat + 1)
+            known = body if status == 200 else {}
+            for entry, state in asking.items():
+                self._dp_rank_answered(engine, entry, state, known.get(keys[entry]), repeat)
 
-        self._request(f"P{entry.request.prefill}", "POST /query_dp_ranks", (room,), repeat, answered)
+        self._request(engine, "POST /query_dp_ranks", tuple(keys.values()), repeat, answered)
 
-    def _query_again(self, entry: Entry, state: Resolution, repeat: int) -> None:
-        after, orders = self.world.machines.resolution.step(state, "RetryDue")
+    def _dp_rank_answered(self, engine: str, entry: Entry, state: Resolution, rank: int | None, repeat: int) -> None:
+        after, orders = self.world.machines.resolution.step(state, "DpRankAnswered", rank)
         if orders:
-            self._query(entry, after, repeat)
+            self._unanswered.setdefault(engine, {})[entry] = (after, repeat + 1)
+            self._arm_retry()
+        else:
+            self.world.mark(self.rank.node, "dp_rank_queried")
+            self._fetch(entry, after.rank)
+
+    def _arm_retry(self) -> None:
+        """One clock for the whole rank. With one for each request, every registration that a server's outage swallows
+        would add its own five repeats a second to those of the others (R3).
+        """
+        if self._unanswered and not self._asks_again:
+            self._asks_again = True
+            self.world.after(self.world.profile.number("dp_query_retry_s"), self._ask_again)
+
+    def _ask_again(self) -> None:
+        """Repeat what one server has not answered, all requests in one batch; the servers take turns."""
+        self._asks_again = False
+        engine = next(iter(self._unanswered))
+        waiting = self._unanswered.pop(engine)
+        asking: dict[Entry, Resolution] = {}
+        for entry, (state, _) in waiting.items():
+            after, orders = self.world.machines.resolution.step(state, "RetryDue")
+            if orders:
+                asking[entry] = after
+        self._query(engine, asking, max(repeat for _, repeat in waiting.values()))
+        self._arm_retry()
 
     # -- endpoints
 
@@ -139,7 +172,7 @@ class Finder:
         ]  # fmt: skip
         return names
 
-    def _fetch(self, entry: Entry, dp: int | None) -> None:
+    def _fetch(self, entry: Entry, dp: int | None, repeat: int = 0) -> None:
         if not self._is_wanted(entry) or self.rank.is_over() or dp is None:
             return
         engine = f"P{entry.request.prefill}"
@@ -153,7 +186,7 @@ class Finder:
         def answered(status: int | str, body: Any) -> None:
             if status == 200 and not may_use(self.world.profile, body[node], self._believed_epoch(engine)):
                 self.world.mark(self.rank.node, "stale_route_refused")
-                self.world.after(self.world.profile.number("topology_retry_s"), self._fetch, entry, dp)
+                self.world.after(self.world.profile.number("topology_retry_s"), self._fetch, entry, dp, repeat + 1)
             elif status == 200:
                 self._endpoints.setdefault(engine, {})[node] = body[node]
                 self._fetch(entry, dp)
@@ -161,7 +194,7 @@ class Finder:
                 self.drop(engine)
                 self._fail(entry, f"route_{status}")
 
-        self._request(engine, "GET /route", node, 0, answered)
+        self._request(engine, "GET /route", node, repeat, answered)
 
     def _believed_epoch(self, engine: str) -> int | None:
         """The engine's process epoch as this rank's failure detector last saw it."""

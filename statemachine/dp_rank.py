@@ -6,6 +6,8 @@ is meant is how the check of sglang#22901 came to reject half of all plain-DP tr
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from kvpoll.spec.protocol import Profile
 
 
@@ -24,6 +26,15 @@ def conflict(profile: Profile, room: int, dp_size: int, follows_room: bool, rank
     if derived == rank:
         return None
     return f"dp_conflict: runs on dp {rank}, decode will look on dp {derived}; route by room or set dp_lookup = query"
+
+
+def entry_key(profile: Profile, pair: tuple[int, int]) -> Hashable:
+    """What the bootstrap server files a request's DP rank under: (room, attempt), or the bare room number.
+
+    Under the bare number a reused room finds the DP rank of the request before it, until its own registration has
+    arrived, or for ever where that was lost or overtaken; decode then publishes its pages to the wrong rank (S6).
+    """
+    return pair if profile["identity"] == "incarnation" else pair[0]
 
 
 def must_register(profile: Profile, dp_size: int, follows_room: bool) -> bool:

@@ -148,6 +148,11 @@ def remembers_failure(state: Any, detail: Any, profile: Profile) -> bool:
 
 
 @_guard
+def server_was_replaced(state: Any, detail: Any, profile: Profile) -> bool:
+    return bool(state.replaced)
+
+
+@_guard
 def attempts_left(state: Any, detail: Any, profile: Profile) -> bool:
     return state.attempt < profile.number("register_attempts")
 

@@ -13,10 +13,14 @@ from kvpoll.statemachine.machine import Machine, RoomMachine
 
 
 class Registration(NamedTuple):
-    """A prefill rank's registration; ``attempt`` counts PUTs of the current series."""
+    """A prefill rank's registration; ``attempt`` counts PUTs of the current series.
+
+    replaced: the server restarted since the last PUT was sent, so an answer to it says nothing of the new server.
+    """
 
     state: str = "Unregistered"
     attempt: int = 0
+    replaced: bool = False
 
 
 class Registry(NamedTuple):

@@ -1,8 +1,17 @@
-"""Which endpoints a decode rank may use: those of processes that live, as far as it knows."""
+"""How long a decode rank asks for a topology, and which endpoints it may use: those of living processes."""
 
 from __future__ import annotations
 
 from kvpoll.spec.protocol import Profile
+
+
+def gives_up(profile: Profile, own: int, shared: int) -> bool:
+    """Has a request waited long enough for its server's topology, after ``own`` answers since it came?
+
+    ``shared``: answers since the first of the requests that now wait together. Where that counts, a request that
+    comes late in an outage is failed with those before it, although the server may be back a second later (L4).
+    """
+    return (own if profile["topology_patience"] == "own" else shared) >= profile.number("topology_attempts")
 
 
 def forgets_on_timeout(profile: Profile) -> bool:

@@ -90,12 +90,29 @@ def forget(state: Any, detail: Any) -> Any:
 
 @_update
 def count_attempt(state: Any, detail: Any) -> Any:
-    return state._replace(attempt=state.attempt + 1)
+    """Another PUT of this series; its answer will be of the server as it is now."""
+    return state._replace(attempt=state.attempt + 1, replaced=False)
 
 
 @_update
 def first_attempt(state: Any, detail: Any) -> Any:
-    return state._replace(attempt=1)
+    return state._replace(attempt=1, replaced=False)
+
+
+@_update
+def no_attempt(state: Any, detail: Any) -> Any:
+    return state._replace(attempt=0, replaced=False)
+
+
+@_update
+def meet_server(state: Any, detail: Any) -> Any:
+    """A PUT goes to the server as it is now; one that is exhausted no longer counts them."""
+    return state._replace(replaced=False)
+
+
+@_update
+def mark_replaced(state: Any, detail: Any) -> Any:
+    return state._replace(replaced=True)
 
 
 @_update

@@ -17,10 +17,17 @@ from typing import Any, Final
 
 import numpy as np
 
-from kvpoll.sim.explorer.search import Found, Search
+from kvpoll.sim.explorer.search import SURVEY, Found, Search, Taken
+from kvpoll.sim.explorer.system import Outcome
 from kvpoll.spec.source import BadInput
 
-VERSION: Final = 1
+VERSION: Final = 2
+
+UNREADABLE: Final = (
+    OSError, LookupError, ValueError, EOFError, TypeError, AttributeError, ImportError, zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)  # fmt: skip
+"""What reading a file can raise that is no checkpoint, or holds values that this kvpoll does not know."""
 
 
 def identity(search: Search, digests: tuple[str, ...]) -> str:
@@ -57,12 +64,12 @@ def save(search: Search, path: Path, digests: tuple[str, ...]) -> None:
         "first_number": search._first_number,
         "closed": sorted(search.closed),
         "violations": {str(place): found for place, found in search._violations.items()},
-        "found": [(found.invariant, found.path[-1].state, found.text) for found in explored.found.values()],
+        "found": [(found.invariant, _state(found), _survey(found), found.text) for found in explored.found.values()],
     }
     values = pickle.dumps([values.values for values in search.values], pickle.HIGHEST_PROTOCOL)
     known = [group.index.known for group in search.groups]
     used = [np.flatnonzero(group.used).tolist() for group in search.groups]
-    temporary = path.with_suffix(".part")
+    temporary = path.with_name(f"{path.name}.part")
     with zipfile.ZipFile(temporary, "w") as file:
         file.writestr("told.json", json.dumps(told))
         file.writestr("values.pickle", values)
@@ -71,6 +78,15 @@ def save(search: Search, path: Path, digests: tuple[str, ...]) -> None:
             with file.open(f"{name}.npy", "w", force_zip64=True) as part:
                 np.lib.format.write_array(part, np.ascontiguousarray(array))
     temporary.replace(path)
+
+
+def _state(found: Found) -> int:
+    return found.path[-1].state if found.path else 0
+
+
+def _survey(found: Found) -> str | None:
+    """What a look at an idle node is called, when the path ends with one."""
+    return found.path[-1].outcome.label if found.path and found.path[-1].move is SURVEY else None
 
 
 def resume(search: Search, path: Path, digests: tuple[str, ...]) -> None:
@@ -89,7 +105,7 @@ def resume(search: Search, path: Path, digests: tuple[str, ...]) -> None:
                 for name in file.namelist()
                 if name.endswith(".npy")
             }
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path}: is not a checkpoint of an exploration ({error}); remove it to begin anew") from None
@@ -118,6 +134,8 @@ def _fill(search: Search, told: dict[str, Any], arrays: dict[str, Any]) -> None:
     search._violations = {int(place): tuple(found) for place, found in told["violations"].items()}
     explored.edges, explored.depth = told["edges"], told["depth"]
     explored.seconds, explored.quiet = told["seconds"], told["quiet"]
-    for invariant, state, text in told["found"]:
+    for invariant, state, survey, text in told["found"]:
         path = search.path_to(state)
+        if survey is not None:
+            path.append(Taken(SURVEY, Outcome((), survey), state))
         explored.found[invariant] = Found(invariant, len(path), path, text)

@@ -113,8 +113,8 @@ def explore(
     }
     liveness = None
     timed = [judge for judge in chosen if judge.timed]
-    if timed and safety.complete and _is_wanted(limits, safety, system):
-        liveness = _judge_liveness(system, timed, limits, progress, broken)
+    if (timed or only is None or "R1" in only) and safety.complete and _is_wanted(limits, safety, system):
+        liveness = _judge_liveness(system, timed, only, limits, progress, broken)
     searches = [safety.search] + ([liveness.search] if liveness is not None else [])
     heard = frozenset(judge.invariant for each in searches for judge in each.judges if _has_heard(each, judge))
     return Report(model, profile, changes or {}, system, safety, liveness, broken, heard)
@@ -129,6 +129,7 @@ def _is_wanted(limits: Limits, safety: Explored, system: System) -> bool:
 def _judge_liveness(
     system: System,
     timed: list[Judge],
+    only: tuple[str, ...] | None,
     limits: Limits,
     progress: Callable[[str, Progress], None],
     broken: dict[str, Counterexample],
@@ -137,7 +138,9 @@ def _judge_liveness(
     explored = search.run(lambda seen: progress("behaviours", seen))
     for name, found in explored.found.items():
         broken[name] = Counterexample(name, found.text, found.path)
-    for name, promise in broken_promises(search).items():
+    for name, promise in broken_promises(search, only).items():
+        if name in broken and broken[name].depth <= promise.depth:
+            continue
         broken[name] = Counterexample(name, promise.text, promise.prefix, promise.cycle, "for ever")
     return explored
 

@@ -8,16 +8,24 @@ says: within seconds (L2, S6) no deadline may be waited for, so there they are t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvpoll.sim.explorer.liveness import FairGraph, Graph, Lasso, fair_check
 from kvpoll.sim.explorer.search import Search, Taken
+from kvpoll.spec.trace import Surveyed
 
 PROMPT: Final = ("L2", "S6")
 """Bounds of seconds: they must hold without any deadline passing, and without another fault."""
+
+
+RECOVER: Final = "L4"
+HEAL: Final = "the faults are over"
+"""What models call the move after which no fault comes and every restart is done."""
 
 
 @dataclass(frozen=True)
@@ -35,40 +43,87 @@ class Broken:
         return len(self.prefix)
 
 
-def broken_promises(search: Search) -> dict[str, Broken]:
-    """Invariants with a time bound that some fair behaviour breaks. The search must have kept its whole graph."""
+class Promise(NamedTuple):
+    """Something that must not stay open for ever: where it is open, and what to say if it does."""
+
+    invariant: str
+    owing: npt.NDArray[np.bool_]
+    text: str
+
+
+def broken_promises(search: Search, only: tuple[str, ...] | None = None) -> dict[str, Broken]:
+    """Invariants that some fair behaviour breaks for ever. The search must have kept its whole graph."""
     explored = search.explored
     assert search.keep_graph and explored.complete, "liveness needs the whole graph"
     fair = FairGraph(graph_of(search))
     rows = np.concatenate(search.rows)
     found: dict[str, Broken] = {}
-    for place, judge in enumerate(search.judges, len(search.system.cells)):
-        if not judge.timed or judge.invariant in explored.found:
+    for promise in (*_debts(search, rows), *_recovery(search, rows), *_holdings(search, rows)):
+        if promise.invariant in explored.found or (only is not None and promise.invariant not in only):
             continue
-        shortest = _shortest(search, fair, rows[:, place], place, judge.invariant)
-        if shortest is not None:
-            found[judge.invariant] = shortest
+        broken = _break(search, fair, rows, promise)
+        if broken is not None and (promise.invariant not in found or broken.depth < found[promise.invariant].depth):
+            found[promise.invariant] = broken
     return found
 
 
-def _shortest(search: Search, fair: FairGraph, column: Any, place: int, invariant: str) -> Broken | None:
-    """The debt that can be left open for ever after the fewest moves."""
-    values = search.values[place].values
+def _debts(search: Search, rows: Any) -> Iterator[Promise]:
+    """What the timed monitors would report if time went by."""
+    for place, judge in enumerate(search.judges, len(search.system.cells)):
+        values = search.values[place].values
+        for debt in sorted({debt for value in values for debt in value.debts}, key=repr):
+            texts = [value.debts[debt].text if debt in value.debts else None for value in values]
+            owing = np.array([text is not None for text in texts], np.bool_)[rows[:, place]]
+            yield Promise(judge.invariant, owing, next(text for text in texts if text is not None))
+
+
+def _recovery(search: Search, rows: Any) -> Iterator[Promise]:
+    """L4 judges only what comes after the heal; so the heal must come."""
+    if RECOVER not in search.places or not any(move.name == HEAL for move in search.system.moves):
+        return
+    place = search.places[RECOVER]
+    healed = np.array([value.thaw()["_healed"] for value in search.values[place].values], np.bool_)
+    yield Promise(RECOVER, ~healed[rows[:, place]], "the faults have stopped, but the restarts are never done")
+
+
+def _holdings(search: Search, rows: Any) -> Iterator[Promise]:
+    """R1 is judged on idle nodes; a node that is never idle and never empty is worse."""
+    for place, cell in enumerate(search.system.cells):
+        held = [_held(search, cell.name, value) for value in search.values[place].values]
+        if any(held):
+            text = f"{cell.name} never comes to rest, and holds something for ever"
+            yield Promise("R1", np.array([bool(each) for each in held], np.bool_)[rows[:, place]], text)
+
+
+def _held(search: Search, cell: str, value: Any) -> int:
+    """Entries in the tables of a node, as a survey would find them."""
+    return sum(
+        entries
+        for event in search.system.survey(cell, value)
+        if isinstance(event, Surveyed)
+        for _, entries in event.tables
+    )
+
+
+def _break(search: Search, fair: FairGraph, rows: Any, promise: Promise) -> Broken | None:
     allowed = None
-    if invariant in PROMPT:
+    if promise.invariant in PROMPT:
         allowed = np.array([move.kind == "step" for move in search.system.moves], np.bool_)
-    best: tuple[Lasso, str] | None = None
-    for debt in sorted({debt for value in values for debt in value.debts}, key=repr):
-        owing = np.array([debt in value.debts for value in values], np.bool_)[column]
-        lasso = fair.leads_to(owing, ~owing, allowed)
-        if lasso is not None and (best is None or len(lasso.prefix) < len(best[0].prefix)):
-            fair_check(fair.graph, lasso, owing, ~owing, allowed)
-            text = next(value.debts[debt].text for value in values if debt in value.debts)
-            best = lasso, text
-    if best is None:
+    lasso = fair.leads_to(promise.owing, ~promise.owing, allowed)
+    if lasso is None:
         return None
-    lasso, text = best
-    return Broken(invariant, text, _taken(search, lasso.prefix), _taken(search, lasso.cycle))
+    fair_check(fair.graph, lasso, promise.owing, ~promise.owing, allowed)
+    steps = (_taken(search, rows, lasso.prefix), _taken(search, rows, lasso.cycle))
+    text = promise.text
+    if promise.invariant in search.places:
+        debts = search.values[search.places[promise.invariant]].values[_end(lasso, rows, search, promise)].debts
+        text = next((violated.text for violated in debts.values() if violated.text), text) if debts else text
+    return Broken(promise.invariant, text, *steps)
+
+
+def _end(lasso: Lasso, rows: Any, search: Search, promise: Promise) -> int:
+    """The judge's value in the state where the behaviour's end begins."""
+    return int(rows[lasso.knot, search.places[promise.invariant]])
 
 
 def graph_of(search: Search) -> Graph:
@@ -82,7 +137,6 @@ def graph_of(search: Search) -> Graph:
     return Graph(search.visited.count, np.zeros(1, np.int64), columns[0], columns[1], columns[2], classes)
 
 
-def _taken(search: Search, steps: list[tuple[int, int, int]]) -> list[Taken]:
+def _taken(search: Search, rows: Any, steps: list[tuple[int, int, int]]) -> list[Taken]:
     """The outcomes behind the edges of a path."""
-    rows = np.concatenate(search.rows)
     return [search.taken_between(rows[source], move, rows[target], target) for source, move, target in steps]

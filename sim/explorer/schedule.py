@@ -46,13 +46,13 @@ class Stepper:
         move = self._moves.get(name)
         if move is None:
             raise BadInput(f"{name!r} is not a move of model {self.system.name!r}{nearest(name, self._moves)}")
-        if move.kind == "deadline" and any(self.outcomes(other) for other in self.system.moves if _is_prompt(other)):
+        if move.kind == "deadline" and any(self._moves_on(other) for other in self.system.moves if _is_prompt(other)):
             raise BadInput(f"{name!r} is not possible here: deadlines wait until nothing else can happen")
-        outcomes = [outcome for outcome in self.outcomes(move) if label in ("", outcome.label)]
+        outcomes = [outcome for told, outcome in self._told_apart(move) if label in ("", told)]
         if not outcomes:
             possible = [other.name for other in self.system.moves if self.outcomes(other)]
             raise BadInput(f"{written!r} is not possible here; possible are: {', '.join(possible)}")
-        self._apply(move, outcomes[0])
+        self.state.update(self._after(move, outcomes[0]))
         return outcomes[0]
 
     def move(self, written: str) -> Move:
@@ -66,14 +66,31 @@ class Stepper:
 
     def written(self, move: Move, outcome: Outcome) -> str:
         """How a schedule names this outcome."""
-        return move.name if len(self.outcomes(move)) == 1 else f"{move.name} | {outcome.label}"
+        told = self._told_apart(move)
+        if len(told) == 1:
+            return move.name
+        return next(f"{move.name} | {label}" for label, each in told if each == outcome)
 
-    def _apply(self, move: Move, outcome: Outcome) -> None:
-        self.state.update(zip(move.scope, outcome.after, strict=True))
+    def _told_apart(self, move: Move) -> list[tuple[str, Outcome]]:
+        """The outcomes of a move, each with a label that no other has: of equal ones, the later ones are numbered."""
+        told: dict[str, Outcome] = {}
+        for outcome in self.outcomes(move):
+            same = sum(each.label == outcome.label for each in told.values())
+            told[f"{outcome.label} #{same + 1}" if same else outcome.label] = outcome
+        return list(told.items())
+
+    def _moves_on(self, move: Move) -> bool:
+        """Would this move change anything?"""
+        return any(self._after(move, outcome) for outcome in self.outcomes(move))
+
+    def _after(self, move: Move, outcome: Outcome) -> dict[str, Any]:
+        """The cells that an outcome changes, as it leaves them."""
+        cells = dict(zip(move.scope, outcome.after, strict=True))
         for cell, operation in outcome.effects:
             apply = self._cells[cell].apply
             assert apply is not None
-            self.state[cell] = apply(self.state[cell], operation)
+            cells[cell] = apply(cells.get(cell, self.state[cell]), operation)
+        return {cell: value for cell, value in cells.items() if value != self.state[cell]}
 
     def survey(self) -> Iterator[Any]:
         """What every node says of itself now."""
@@ -88,16 +105,19 @@ class Post:
         self._serials: dict[str, list[tuple[Any, int]]] = {name: [] for name in state if name.startswith("chan ")}
         self._count = 0
 
-    def tell(self, state: dict[str, Any], t: float) -> list[Any]:
-        """Sent, Delivered and Lost events of the move that led to this state."""
+    def tell(self, move: Move, state: dict[str, Any], t: float) -> list[Any]:
+        """Sent, Delivered and Lost events of the move that led to this state.
+
+        What a fault takes from a channel is lost, and so is what arrives where no process is up.
+        """
         told: list[Any] = []
         for name, underway in self._serials.items():
             _, sender, to = name.split(" ")
             now = list(state[name])
-            lost = bool(underway) and not any(message in now for message, _ in underway[1:])
+            lost = move.kind == "fault" or not getattr(state.get(to), "up", True)
             while underway and (not now or underway[0][0] != now[0]):
                 message, serial = underway.pop(0)
-                gone = Lost if lost and len(underway) > 0 else Delivered
+                gone = Lost if lost else Delivered
                 told.append(gone(t, to, sender, _said(message), _identity(message), serial))
             for message in now[len(underway) :]:
                 self._count += 1
@@ -173,14 +193,15 @@ class ScheduledRun:
         for written in (*schedule.moves, *schedule.cycle):
             env.run(until=env.now + STEP_S)
             outcome = stepper.take(written)
-            events = (*outcome.events, *post.tell(stepper.state, env.now))
-            yield env.now, (*_faults(stepper.move(written), outcome, env.now), *events), outcome.marks
-        if schedule.ends == "idle":
-            env.run(until=env.now + STEP_S)
-            yield env.now, tuple(stepper.survey()), ()
-        elif schedule.ends == "for ever":
+            move = stepper.move(written)
+            events = (*outcome.events, *post.tell(move, stepper.state, env.now))
+            yield env.now, (*_faults(move, outcome, env.now), *events), outcome.marks
+        if schedule.ends == "for ever":
             bounds = self.protocol.bounds
             env.run(until=env.now + 1 + max(bounds.end_s, bounds.recover_s, bounds.propagate_s, bounds.ownerless_s))
+        if schedule.ends != "here":
+            env.run(until=env.now + STEP_S)
+            yield env.now, tuple(stepper.survey()), ()
 
     def _result(
         self, watch: Watch, marks: dict[str, int], events: int, now: float, wall_s: float, recorder: Recorder | None

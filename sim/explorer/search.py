@@ -414,7 +414,8 @@ class Search:
             seen = judge.apply(self.values[place].values[row[place]], event)
             if seen.violated is not None:
                 path = self.path_to(state)
-                path.append(Taken(SURVEY, Outcome((), f"{event.node} is idle and is looked at", events=(event,)), state))
+                end = Outcome((), f"{event.node} is idle and is looked at", events=(event,))
+                path.append(Taken(SURVEY, end, state))
                 self.explored.found[judge.invariant] = Found(judge.invariant, len(path), path, seen.violated.text)
 
     # -- paths and graph

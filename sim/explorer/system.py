@@ -129,7 +129,7 @@ def text_of(value: Any, rename: Rename | None = None, memo: Memo | None = None) 
     """
     kind = type(value)
     if kind is str:
-        return f"'{value}'" if rename is None else f"'{rename.get(value, value)}'"
+        return repr(value if rename is None else rename.get(value, value))
     if kind is int:
         return str(value) if rename is None else str(rename.get(value, value))
     if kind is bool:

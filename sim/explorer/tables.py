@@ -14,7 +14,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,8 @@ Hashes = npt.NDArray[np.uint64]
 DENSE_LIMIT: Final = 1 << 24
 """Largest table that is indexed directly; above it, keys are sorted and searched."""
 
-PART_BITS: Final = 21
-"""Bits of a sparse key for each of up to three parts."""
+SPARSE_LIMIT: Final = 1 << 63
+"""Keys are 64-bit numbers with a sign; a move of so many combinations would have two with the same key."""
 
 LEARNING: Final = threading.RLock()
 """Held while anything is learned. What was learned is read without it: rows become visible when they are complete."""
@@ -83,6 +83,39 @@ def _hash(name: str, text: str) -> int:
     return int.from_bytes(digest, "little")
 
 
+class _Dense(NamedTuple):
+    """A table with a place for every combination; rows are written into it in place."""
+
+    capacities: tuple[int, ...]
+    rows: npt.NDArray[np.int32]
+
+    def find(self, keys: Ints) -> npt.NDArray[np.int32]:
+        return self.rows[keys]
+
+    def with_rows(self, keys: Ints, rows: npt.NDArray[np.int32]) -> _Dense:
+        self.rows[keys] = rows
+        return self
+
+
+class _Sparse(NamedTuple):
+    """Combinations in order of their keys, and the row of each."""
+
+    capacities: tuple[int, ...]
+    keys: Ints
+    rows: npt.NDArray[np.int32]
+
+    def find(self, keys: Ints) -> npt.NDArray[np.int32]:
+        if not len(self.keys):
+            return np.full(len(keys), -1, np.int32)
+        places = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where(self.keys[places] == keys, self.rows[places], np.int32(-1))
+
+    def with_rows(self, keys: Ints, rows: npt.NDArray[np.int32]) -> _Sparse:
+        keys = np.concatenate([self.keys, keys])
+        order = np.argsort(keys, kind="stable")
+        return _Sparse(self.capacities, keys[order], np.concatenate([self.rows, rows])[order])
+
+
 class KeyIndex:
     """Finds the row of a combination of numbers; -1 where there is none yet.
 
@@ -93,80 +126,56 @@ class KeyIndex:
     def __init__(self, width: int) -> None:
         self.width = width
         self.known: list[tuple[int, ...]] = []
-        self._dense: tuple[npt.NDArray[np.int32], tuple[int, ...]] | None
-        self._dense = np.full(16**width, -1, np.int32), (16,) * width
-        self._sorted: tuple[Ints, npt.NDArray[np.int32]] = np.empty(0, np.int64), np.empty(0, np.int32)
+        self._index = self._made((16,) * width)
 
     def find(self, parts: Sequence[Ints]) -> npt.NDArray[np.int32]:
         """Rows of many combinations."""
-        dense = self._dense
-        if dense is None:
-            return self._search(parts)
-        table, capacities = dense
-        if all(int(part.max(initial=0)) < most for part, most in zip(parts, capacities, strict=True)):
-            return table[_flat(parts, capacities)]
+        index = self._index
+        if all(int(part.max(initial=0)) < most for part, most in zip(parts, index.capacities, strict=True)):
+            return index.find(_keys(parts, index.capacities))
         with LEARNING:
-            self._grow(parts, capacities)
+            self._grow(parts)
         return self.find(parts)
-
-    def _search(self, parts: Sequence[Ints]) -> npt.NDArray[np.int32]:
-        keys, rows = self._sorted
-        wanted = _packed(parts)
-        if not len(keys):
-            return np.full(len(wanted), -1, np.int32)
-        places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        return np.where(keys[places] == wanted, rows[places], np.int32(-1))
 
     def add(self, combinations: Sequence[tuple[int, ...]]) -> None:
         """Give the next rows to these combinations, in order."""
-        first = len(self.known)
+        parts = self._columns(combinations)
+        self._grow(parts)
+        rows = np.arange(len(self.known), len(self.known) + len(combinations), dtype=np.int32)
         self.known.extend(combinations)
-        self._enter(combinations, first)
+        self._index = self._index.with_rows(_keys(parts, self._index.capacities), rows)
 
-    def _enter(self, combinations: Sequence[tuple[int, ...]], first: int) -> None:
-        rows = np.arange(first, first + len(combinations), dtype=np.int32)
-        parts = list(np.array(combinations, np.int64).reshape(-1, self.width).T)
-        if self._dense is not None:
-            table, capacities = self._dense
-            table[_flat(parts, capacities)] = rows
-            return
-        keys = np.concatenate([self._sorted[0], _packed(parts)])
-        order = np.argsort(keys, kind="stable")
-        self._sorted = keys[order], np.concatenate([self._sorted[1], rows])[order]
-
-    def _grow(self, parts: Sequence[Ints], before: tuple[int, ...]) -> None:
-        """More values than there was room for: a larger table, or a sorted one when that would be too large."""
-        if self._dense is None or self._dense[1] != before:
-            return  # another thread has done it
-        capacities = list(before)
+    def _grow(self, parts: Sequence[Ints]) -> None:
+        """If there are more values than there was room for, make a larger index."""
+        capacities = list(self._index.capacities)
         for place, part in enumerate(parts):
             while int(part.max(initial=0)) >= capacities[place]:
                 capacities[place] *= 2
-        rows = np.arange(len(self.known), dtype=np.int32)
-        known = list(np.array(self.known, np.int64).reshape(-1, self.width).T)
-        if math.prod(capacities) <= DENSE_LIMIT:
-            table = np.full(math.prod(capacities), -1, np.int32)
-            table[_flat(known, capacities)] = rows
-            self._dense = table, tuple(capacities)
-            return
-        keys = _packed(known)
-        order = np.argsort(keys, kind="stable")
-        self._sorted = keys[order], rows[order]
-        self._dense = None
+        if tuple(capacities) != self._index.capacities:
+            self._index = self._made(tuple(capacities))
+
+    def _made(self, capacities: tuple[int, ...]) -> _Dense | _Sparse:
+        """An index of all that is known: a table, or a sorted one when a table would be too large."""
+        size = math.prod(capacities)
+        if size > SPARSE_LIMIT:
+            raise OverflowError(f"{size} combinations of local values in one move: more than have a key of their own")
+        index: _Dense | _Sparse
+        if size <= DENSE_LIMIT:
+            index = _Dense(capacities, np.full(size, -1, np.int32))
+        else:
+            index = _Sparse(capacities, np.empty(0, np.int64), np.empty(0, np.int32))
+        return index.with_rows(_keys(self._columns(self.known), capacities), np.arange(len(self.known), dtype=np.int32))
+
+    def _columns(self, combinations: Sequence[tuple[int, ...]]) -> list[Ints]:
+        return list(np.array(combinations, np.int64).reshape(-1, self.width).T)
 
 
-def _flat(parts: Sequence[Ints], capacities: Sequence[int]) -> Ints:
-    flat: Ints = parts[0].astype(np.int64)
+def _keys(parts: Sequence[Ints], capacities: Sequence[int]) -> Ints:
+    """Each combination as one number, whose digits it is."""
+    keys: Ints = parts[0].astype(np.int64)
     for part, capacity in zip(parts[1:], capacities[1:], strict=True):
-        flat = flat * capacity + part
-    return flat
-
-
-def _packed(parts: Sequence[Ints]) -> Ints:
-    packed: Ints = parts[0].astype(np.int64)
-    for part in parts[1:]:
-        packed = packed << PART_BITS | part
-    return packed
+        keys = keys * capacity + part
+    return keys
 
 
 class Effects:

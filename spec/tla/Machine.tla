@@ -43,7 +43,7 @@ AbsentLocal == [
 Absent(incarnation) == [incarnation |-> incarnation, local |-> AbsentLocal]
 
 Starts == [
-  registration |-> [state |-> "Unregistered", attempt |-> 0],
+  registration |-> [state |-> "Unregistered", attempt |-> 0, replaced |-> FALSE],
   registry |-> [state |-> "Empty", ranks |-> {}, puts |-> 0],
   dp_entry |-> [state |-> "Unknown", rank |-> <<>>],
   resolution |-> [state |-> "Unresolved", rank |-> <<>>],
@@ -90,6 +90,7 @@ Guard(name, s, detail) ==
     [] name = "remembers_success" -> s.cause = "None"
     [] name = "remembers_failure" -> s.cause # "None"
     \* rendezvous
+    [] name = "server_was_replaced" -> s.replaced
     [] name = "attempts_left" -> s.attempt < Rules.register_attempts
     [] name = "registration_completes" ->
          IF Rules.ready_means = "count_of_puts" THEN s.puts + 1 >= detail[3]
@@ -128,8 +129,11 @@ Update(name, s, detail) ==
     [] name = "forget" -> AbsentLocal
     [] name = "adopt" -> [s EXCEPT !.cleared = FALSE]  \* the newcomer uses the old entry; Foreign gives it the name
     \* rendezvous
-    [] name = "count_attempt" -> [s EXCEPT !.attempt = @ + 1]
-    [] name = "first_attempt" -> [s EXCEPT !.attempt = 1]
+    [] name = "count_attempt" -> [s EXCEPT !.attempt = @ + 1, !.replaced = FALSE]
+    [] name = "first_attempt" -> [s EXCEPT !.attempt = 1, !.replaced = FALSE]
+    [] name = "no_attempt" -> [s EXCEPT !.attempt = 0, !.replaced = FALSE]
+    [] name = "meet_server" -> [s EXCEPT !.replaced = FALSE]
+    [] name = "mark_replaced" -> [s EXCEPT !.replaced = TRUE]
     [] name = "enter_rank" -> [s EXCEPT !.ranks = EnterRank(@, detail[1], detail[2]), !.puts = @ + 1]
     [] name = "enter_dp_rank" -> [s EXCEPT !.rank = detail]
     [] name = "resolve_zero" -> [s EXCEPT !.rank = <<0>>]

@@ -29,9 +29,9 @@ Rules_reference ==
     dp_conflict |-> "fails_at_once", dp_rank_notion |-> "effective", dp_lookup |-> "derive",
     ready_means |-> "distinct_ranks", register_exhausted |-> "unhealthy_keep_trying",
     registration_watch |-> "epoch", liveness_probe |-> "rank_epoch", route_cache |-> "by_epoch",
-    resend_on_reconnect |-> "yes", router_join |-> "first_failure_cancels", http_calls |-> "asynchronous",
-    health |-> "can_serve", deadline_clock |-> "monotonic", register_attempts |-> 5, topology_attempts |-> 15,
-    heartbeat_max_failure |-> 2]
+    topology_patience |-> "own", resend_on_reconnect |-> "yes", router_join |-> "first_failure_cancels",
+    http_calls |-> "asynchronous", health |-> "can_serve", deadline_clock |-> "monotonic",
+    register_attempts |-> 5, topology_attempts |-> 40, heartbeat_max_failure |-> 2]
 
 \* sglang-0.5.23: the protocol as SGLang ships it today
 Rules_sglang_0_5_23 ==
@@ -43,8 +43,9 @@ Rules_sglang_0_5_23 ==
     !.pp_decision = "rank0_by_position", !.agreement = "by_position", !.dp_rank_notion = "attention",
     !.ready_means = "count_of_puts", !.register_exhausted = "continue_unregistered",
     !.registration_watch = "none", !.liveness_probe = "server_health", !.route_cache = "by_address",
-    !.resend_on_reconnect = "no", !.router_join = "waits_for_both", !.http_calls = "blocking",
-    !.health = "process_alive", !.deadline_clock = "wall"]
+    !.topology_patience = "shared", !.resend_on_reconnect = "no", !.router_join = "waits_for_both",
+    !.http_calls = "blocking", !.health = "process_alive", !.deadline_clock = "wall",
+    !.topology_attempts = 15]
 
 \* before-sglang-24772: failed set-up is overwritten by WaitingForInput
 Rules_before_sglang_24772 ==
@@ -338,14 +339,17 @@ Role_registration == [
   facts |-> {"Started", "RegistrationAccepted", "RegistrationFailed", "RetryDue", "ServerRestarted"},
   rows |-> <<
     [from |-> {"Unregistered"}, fact |-> "Started", to |-> "Registering", guards |-> <<>>, update |-> <<"count_attempt">>, actions |-> <<<<"SendRegistration", "None">>>>, when |-> <<>>, cause |-> "None"], \* PROTOCOL 6
+    [from |-> {"Registering", "Exhausted"}, fact |-> "RegistrationAccepted", to |-> "=", guards |-> <<"server_was_replaced">>, update |-> <<"first_attempt">>, actions |-> <<<<"SendRegistration", "None">>>>, when |-> <<>>, cause |-> "None"], \* the answer of a server that is gone; its successor knows nothing (found by exploration)
     [from |-> {"Registering"}, fact |-> "RegistrationAccepted", to |-> "Registered", guards |-> <<>>, update |-> <<>>, actions |-> <<>>, when |-> <<>>, cause |-> "None"],
     [from |-> {"Exhausted"}, fact |-> "RegistrationAccepted", to |-> "Registered", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"ReportHealthy", "None">>>>, when |-> <<>>, cause |-> "None"],
+    [from |-> {"Registering"}, fact |-> "RegistrationFailed", to |-> "=", guards |-> <<"server_was_replaced">>, update |-> <<"no_attempt">>, actions |-> <<<<"ArmRetry", "None">>>>, when |-> <<>>, cause |-> "None"], \* a new series for a new server
     [from |-> {"Registering"}, fact |-> "RegistrationFailed", to |-> "=", guards |-> <<"attempts_left">>, update |-> <<>>, actions |-> <<<<"ArmRetry", "None">>>>, when |-> <<>>, cause |-> "None"], \* sglang#25125
     [from |-> {"Registering"}, fact |-> "RegistrationFailed", to |-> "Exhausted", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"ReportUnhealthy", "None">>, <<"ArmRetry", "None">>>>, when |-> <<<<"register_exhausted", {"unhealthy_keep_trying"}>>>>, cause |-> "None"], \* O2
     [from |-> {"Registering"}, fact |-> "RegistrationFailed", to |-> "Exhausted", guards |-> <<>>, update |-> <<>>, actions |-> <<>>, when |-> <<<<"register_exhausted", {"continue_unregistered"}>>>>, cause |-> "None"], \* PROTOCOL 14 L8; breaks L4, O2
     [from |-> {"Exhausted"}, fact |-> "RegistrationFailed", to |-> "=", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"ArmRetry", "None">>>>, when |-> <<<<"register_exhausted", {"unhealthy_keep_trying"}>>>>, cause |-> "None"],
     [from |-> {"Registering"}, fact |-> "RetryDue", to |-> "=", guards |-> <<>>, update |-> <<"count_attempt">>, actions |-> <<<<"SendRegistration", "None">>>>, when |-> <<>>, cause |-> "None"],
-    [from |-> {"Exhausted"}, fact |-> "RetryDue", to |-> "=", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"SendRegistration", "None">>>>, when |-> <<<<"register_exhausted", {"unhealthy_keep_trying"}>>>>, cause |-> "None"],
+    [from |-> {"Exhausted"}, fact |-> "RetryDue", to |-> "=", guards |-> <<>>, update |-> <<"meet_server">>, actions |-> <<<<"SendRegistration", "None">>>>, when |-> <<<<"register_exhausted", {"unhealthy_keep_trying"}>>>>, cause |-> "None"],
+    [from |-> {"Registering", "Exhausted"}, fact |-> "ServerRestarted", to |-> "=", guards |-> <<>>, update |-> <<"mark_replaced">>, actions |-> <<>>, when |-> <<<<"registration_watch", {"epoch"}>>>>, cause |-> "None"], \* C5; an answer that is under way is the old server's
     [from |-> {"Registered"}, fact |-> "ServerRestarted", to |-> "Registering", guards |-> <<>>, update |-> <<"first_attempt">>, actions |-> <<<<"SendRegistration", "None">>>>, when |-> <<<<"registration_watch", {"epoch"}>>>>, cause |-> "None"] \* C5
   >>,
   ignored |-> <<

@@ -90,7 +90,8 @@ def _one(model: ModelFile, protocol: Protocol, profile: Profile, arguments: argp
         arguments.first,
     )
     only = None if arguments.only is None else tuple(arguments.only)
-    changes = {name: profile[name] for name in (change.partition("=")[0] for change in arguments.changes)}
+    base = protocol.profile(arguments.profile)
+    changes = {name: value for name, value in profile.rules.items() if base[name] != value}
     checkpoint = None if arguments.checkpoint is None else Path(arguments.checkpoint)
     digests = (protocol.digest, model.digest, repr(sorted(profile.rules.items())))
     with _progress(model, screen) as tell, _interruptible() as prepare:
@@ -139,7 +140,7 @@ def _interruptible() -> Iterator[Any]:
     searches: list[Search] = []
 
     def interrupt(number: int, frame: object) -> None:
-        if not searches or searches[-1].stop:
+        if not searches or searches[-1].stop or searches[-1].explored.complete:
             raise KeyboardInterrupt
         searches[-1].stop = True
 
@@ -184,7 +185,7 @@ def _line(arguments: argparse.Namespace, model: ModelFile) -> str:
 def _written(
     report: Report, found: Counterexample, protocol: Protocol, arguments: argparse.Namespace, line: str
 ) -> tuple[Counterexample, bool, str]:
-    """(counterexample, does it replay, where it was written)."""
+    """(counterexample, does it replay, the line that runs its scenario if it was written)."""
     if arguments.out is None:
         _, result, _ = replay(report, found, protocol, line)
         return found, found.invariant in result.violations, ""
@@ -195,7 +196,7 @@ def _written(
     with open_to_write(place) as file:
         file.write(text)
     _picture(f"{report.model.name}, {report.profile.name}", found, events, place.with_suffix(".png"))
-    return found, found.invariant in result.violations, str(place)
+    return found, found.invariant in result.violations, result.line
 
 
 def _picture(title: str, found: Counterexample, events: list[Any], place: Path) -> None:
@@ -262,9 +263,9 @@ def _show(
         screen.table(["broken", "name", "moves", "replays", "what was seen"], rows, right=["moves"])
         chosen = next((found for found, _, _ in results if found.invariant == arguments.show), results[0][0])
         _show_path(chosen, screen)
-        for _, _, place in results:
-            if place:
-                screen.say(f"kvpoll run {place} --profile {arguments.profile}")
+        for _, _, run in results:
+            if run:
+                screen.say(run)
     else:
         judged = ", ".join(name for name in INVARIANTS if name in report.exercised)
         screen.say(f"holds: {judged}", "green")
