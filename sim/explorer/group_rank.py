@@ -87,7 +87,9 @@ class Rank(NamedTuple):
 class Group:
     """What all ranks of a group share and nobody changes: names, machines, requests, size of the pools."""
 
-    def __init__(self, machines: Machines, nodes: tuple[str, ...], pairs: dict[str, tuple[int, int]], pages: int) -> None:
+    def __init__(
+        self, machines: Machines, nodes: tuple[str, ...], pairs: dict[str, tuple[int, int]], pages: int
+    ) -> None:
         self.machines = machines
         self.profile = machines.profile
         self.nodes = nodes
@@ -243,14 +245,14 @@ class RankPen(Pen):
             self.obey(command)
         merged = dict(turn.merged)
         for decision in decisions(self._waiting(), merged):
-            self._tell(decision.rid, decision.outcome)
+            self._tell_decision(decision.rid, decision.outcome)
             if decision.outcome == "drop":
                 self._drop(decision.rid, decision.cause or "failed")
             else:
                 self._commit(decision.rid)
         assert turn.memory is not None
         for rid in admissions(self._waiting(), merged, turn.memory):
-            self._tell(rid, "admit")
+            self._tell_decision(rid, "admit")
             self._grant(rid)
             if self.stopped:
                 break
@@ -258,7 +260,7 @@ class RankPen(Pen):
     def _waiting(self) -> list[Entry]:
         return [self.entries[rid] for rid in self.order_of]
 
-    def _tell(self, rid: str, outcome: str) -> None:
+    def _tell_decision(self, rid: str, outcome: str) -> None:
         self.events.append(Decided(0, self.node, GROUP, rid, outcome))
 
     def _grant(self, rid: str) -> None:

@@ -286,7 +286,9 @@ class Group:
             column.append(self._cells[cell].number(value))
         ordered: dict[int, list[Any]] = {}
         for name, operation in outcome.effects:
-            ordered.setdefault(self._places[name], []).append(operation)
+            place = self._places[name]
+            assert place not in self.scope, f"{outcome.label}: {name} is in the move's scope; write it there"
+            ordered.setdefault(place, []).append(operation)
         for place, judge in self._judges:
             heard = [event for event in outcome.events if type(event) in judge.handles]
             if heard:
