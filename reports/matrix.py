@@ -20,8 +20,8 @@ HERE: Final = Path(__file__).resolve().parent
 CANDIDATES: Final = HERE / "candidates.toml"
 PICTURES: Final = "counterexamples"
 _CANDIDATE: Final = {
-    "id": str, "title": str, "model": str, "invariant": str, "rules": dict, "verdict": str, "evidence": str,
-    "claim": str, "advice": str,
+    "id": str, "title": str, "model": str, "invariant": str, "rules": dict, "given": dict, "verdict": str,
+    "evidence": str, "claim": str, "advice": str,
 }  # fmt: skip
 
 Cells = Mapping[tuple[str, str], Cell]
@@ -34,11 +34,10 @@ def write(
     verdicts: Sequence[Verdict],
     cells: Cells,
     tell: Callable[[str], None],
-    memory_bytes: int = 6 << 30,
 ) -> list[Path]:
     """Write matrix.json, matrix.md and the pictures and scenarios of broken cells into a folder."""
     tell("exploring the candidates")
-    found = blames(protocol, memory_bytes)
+    found = blames(protocol)
     pictures = _pictures(folder, protocol, profiles, cells, tell)
     ordered = sorted(verdicts, key=lambda verdict: (verdict.profile, verdict.model))
     data = {"spec": protocol.digest, "verdicts": [as_object(verdict) for verdict in ordered]}
@@ -96,10 +95,11 @@ def render(
     """The page as Markdown. ``found``: what the rules of each candidate do."""
     parts = [
         "# What holds under which profile",
-        "Written by `kvpoll matrix`; do not edit. Every model of `spec/models/` was explored completely under every "
-        "profile. A number is the length, in moves, of the shortest behaviour that breaks the invariant, and leads "
+        "Written by `kvpoll matrix`; do not edit. Every model of `spec/models/` was explored under every profile. "
+        "A number is the length, in moves, of the shortest behaviour that breaks the invariant, and leads "
         "to its picture; beside the picture stands the same behaviour as a scenario (`kvpoll run FILE`). A number "
-        "with + goes on for ever. `holds`: no behaviour of any model breaks it. `-`: no model exercises it.",
+        "with + goes on for ever. `holds`: no behaviour of any model breaks it. `to N`: no behaviour of N moves "
+        "breaks it, and a model was too large to be finished. `-`: no model exercises it.",
         _table(profiles, cells, pictures),
         _not_judged(),
         "## SGLang 0.5.23, candidate by candidate",
@@ -121,7 +121,7 @@ def _table(profiles: Sequence[str], cells: Cells, pictures: Mapping[tuple[str, s
 
 def _shown(cell: Cell, picture: str | None) -> str:
     if cell.found is None:
-        return "holds" if cell.verdict == "holds" else "-"
+        return {"holds": "holds", "not exercised": "-"}.get(cell.verdict, f"to {cell.length}")
     more = "+" if cell.found.cycle else ""
     return f"[**{cell.length}{more}**]({picture})"
 
@@ -144,7 +144,8 @@ def candidates(protocol: Protocol) -> list[dict[str, Any]]:
         if "rules" in entry:
             source.require_all(path, entry, ("model", "invariant"), "a candidate with rules")
             source.require_known((*path, "invariant"), [entry["invariant"]], INVARIANTS, "invariant")
-            check_rule_values(source, (*path, "rules"), entry["rules"], protocol.rules)
+            for key in ("rules", "given"):
+                check_rule_values(source, (*path, key), entry.get(key, {}), protocol.rules)
         elif entry.get("verdict") not in ("confirmed", "refuted", "open") or "evidence" not in entry:
             raise source.error(
                 path, 'a candidate without rules needs evidence, and verdict = "confirmed", "refuted" or "open"'
@@ -152,10 +153,10 @@ def candidates(protocol: Protocol) -> list[dict[str, Any]]:
     return entries
 
 
-def blames(protocol: Protocol, memory_bytes: int) -> dict[str, Shortest | None]:
+def blames(protocol: Protocol) -> dict[str, Shortest | None]:
     """What the rules of each candidate do when they are switched in `reference`."""
     return {
-        entry["id"]: blame(entry["model"], entry["rules"], entry["invariant"], memory_bytes)
+        entry["id"]: blame(entry["model"], {**entry.get("given", {}), **entry["rules"]}, entry["invariant"])
         for entry in candidates(protocol)
         if "rules" in entry
     }
@@ -165,7 +166,8 @@ def _candidate(entry: Mapping[str, Any], found: Shortest | None) -> str:
     """One candidate as a paragraph: claim, verdict with its evidence, advice."""
     if "rules" in entry:
         rules = ", ".join(f"`{name} = {value}`" for name, value in entry["rules"].items())
-        where = f"on model `{entry['model']}`: {rules} alone, switched in `reference`,"
+        given = "".join(f" (given `{name} = {value}`)" for name, value in entry.get("given", {}).items())
+        where = f"on model `{entry['model']}`: {rules} alone, switched in `reference`{given},"
         verdict = "confirmed" if found is not None else "refuted"
         evidence = f"{where} leaves {entry['invariant']} whole."
         if found is not None:
@@ -183,9 +185,8 @@ def _models(verdicts: Sequence[Verdict]) -> str:
         if each.profile in ("reference", "sglang-0.5.23"):
             missing = ", ".join(each.unwitnessed) or "-"
             live = "judged" if each.liveness else "-"
-            lines.append(
-                f"| {each.model} | {each.profile} | {each.states:,} | {each.seconds:.1f} | {live} | {missing} |"
-            )
+            states = f"{each.states:,}" if each.complete else f"{each.states:,}, not all"
+            lines.append(f"| {each.model} | {each.profile} | {states} | {each.seconds:.1f} | {live} | {missing} |")
     return "\n".join(lines)
 
 

@@ -5,8 +5,9 @@ seen, an operation on the cell is one event. What a monitor makes of an event in
 remembered, like every other local step.
 
 Explored time counts process deaths and nothing else (a death of what began before it excuses it, one of what began
-after it does not). A monitor with a time bound therefore never finds a deadline passed. What it would report if time went by for ever without another event are its *debts*; a behaviour that stays
-for ever in states with the same debt breaks the invariant (``properties.py``).
+after it does not). A monitor with a time bound therefore never finds a deadline passed. What it would report if time
+went by for ever without another event are its *debts*; a behaviour that stays for ever in states with the same debt
+breaks the invariant (``properties.py``).
 """
 
 from __future__ import annotations

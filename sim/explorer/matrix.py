@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import joblib
 
@@ -11,6 +11,9 @@ from kvpoll.sim.explorer.explore import Limits, explore, replay
 from kvpoll.sim.explorer.model import load_model
 from kvpoll.spec.invariants import INVARIANTS
 from kvpoll.spec.protocol import Value, load
+
+MEMORY_BYTES: Final = 6 << 30
+"""What one exploration may take."""
 
 
 class Shortest(NamedTuple):
@@ -25,12 +28,17 @@ class Shortest(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What one model says of one profile. liveness: was it judged? exercised: ids whose monitors heard enough."""
+    """What one model says of one profile. exercised: ids whose monitors heard enough.
+
+    depth: how deep it went; complete: to the end. liveness: was what must come true judged?
+    """
 
     profile: str
     model: str
     digest: str
     states: int
+    depth: int
+    complete: bool
     seconds: float
     liveness: bool
     exercised: tuple[str, ...]
@@ -39,7 +47,9 @@ class Verdict(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One profile and one invariant. verdict: "holds", "broken" or "not exercised"; the rest is of the shortest."""
+    """One profile and one invariant. verdict: "holds", "holds so far" (to ``length`` moves: a model was too large to
+    be finished), "broken" (after ``length`` moves) or "not exercised".
+    """
 
     profile: str
     invariant: str
@@ -49,11 +59,16 @@ class Cell(NamedTuple):
     found: Shortest | None = None
 
 
-def judge(profile_name: str, model_name: str, memory_bytes: int, rules: Mapping[str, Value] | None = None) -> Verdict:
+def judge(
+    profile_name: str,
+    model_name: str,
+    most: int | None = None,
+    rules: Mapping[str, Value] | None = None,
+) -> Verdict:
     """Explore one model under one profile, with some rules switched, and replay what it finds."""
     protocol, rules = load(), rules or {}
     model, profile = load_model(model_name, protocol), protocol.profile(profile_name).with_rules(rules)
-    limits = Limits(memory_bytes=memory_bytes, liveness=True if rules else None)
+    limits = Limits(memory_bytes=MEMORY_BYTES, states=most, liveness=True if rules else None)
     report = explore(model, protocol, profile, rules, limits=limits)
     broken = {}
     for found in report.broken.values():
@@ -67,6 +82,8 @@ def judge(profile_name: str, model_name: str, memory_bytes: int, rules: Mapping[
         model_name,
         model.digest,
         report.safety.states,
+        report.safety.depth,
+        report.complete,
         round(report.safety.seconds, 2),
         report.liveness is not None,
         tuple(sorted(report.exercised)),
@@ -75,16 +92,16 @@ def judge(profile_name: str, model_name: str, memory_bytes: int, rules: Mapping[
     )
 
 
-def judge_all(profiles: Sequence[str], models: Sequence[str], workers: int, memory_bytes: int) -> Iterator[Verdict]:
+def judge_all(profiles: Sequence[str], models: Sequence[str], workers: int, most: int | None) -> Iterator[Verdict]:
     """Every model under every profile, as they are done, in several processes."""
     jobs = [(profile, model) for model in models for profile in profiles]
     parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
-    yield from parallel(joblib.delayed(judge)(profile, model, memory_bytes) for profile, model in jobs)
+    yield from parallel(joblib.delayed(judge)(profile, model, most) for profile, model in jobs)
 
 
-def blame(model_name: str, rules: Mapping[str, Value], invariant: str, memory_bytes: int) -> Shortest | None:
+def blame(model_name: str, rules: Mapping[str, Value], invariant: str) -> Shortest | None:
     """What these rules alone, switched in `reference`, do to one invariant on one model."""
-    return judge("reference", model_name, memory_bytes, rules).broken.get(invariant)
+    return judge("reference", model_name, None, rules).broken.get(invariant)
 
 
 def cells(verdicts: Iterable[Verdict], profiles: Sequence[str]) -> dict[tuple[str, str], Cell]:
@@ -102,7 +119,10 @@ def _cell(profile: str, invariant: str, verdicts: list[Verdict]) -> Cell:
     if broken:
         found, model = min(broken, key=lambda each: (each[0].length, each[1]))
         return Cell(profile, invariant, "broken", found.length, model, found)
-    heard = any(invariant in each.exercised for each in verdicts)
+    heard = [each for each in verdicts if invariant in each.exercised]
+    unfinished = [each.depth for each in heard if not each.complete]
+    if unfinished:
+        return Cell(profile, invariant, "holds so far", min(unfinished))
     return Cell(profile, invariant, "holds" if heard else "not exercised")
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from kvpoll.commands.options import Verbs, add_verb, counted, lasting
+from kvpoll.commands.options import Verbs, add_verb, counted
 from kvpoll.commands.screen import Screen, plural
 from kvpoll.commands.status import HOLDS, VIOLATED
 from kvpoll.sim.explorer.matrix import Cell, Verdict, as_object, cells, judge_all
@@ -23,7 +23,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--profile", metavar="NAME", action="append", dest="profiles", help="only this (repeatable)")
     parser.add_argument("--model", metavar="NAME", action="append", dest="models", help="only this (repeatable)")
     parser.add_argument("--workers", metavar="N", type=counted, help="processes (default: one for each core)")
-    parser.add_argument("--memory", metavar="GIB", type=lasting, default=6.0, help="for each process (default 6)")
+    parser.add_argument("--max-states", metavar="N", type=counted, help="leave a model unfinished after this many")
     parser.add_argument("--out", metavar="DIR", help="write matrix.md, matrix.json and pictures here")
 
 
@@ -35,7 +35,7 @@ def act(arguments: argparse.Namespace, screen: Screen) -> int:
     workers = arguments.workers or os.cpu_count() or 1
     verdicts: list[Verdict] = []
     with screen.progress("exploring", " models x profiles") as advance:
-        for verdict in judge_all(profiles, models, workers, int(arguments.memory * 2**30)):
+        for verdict in judge_all(profiles, models, workers, arguments.max_states):
             verdicts.append(verdict)
             advance(len(verdicts), len(profiles) * len(models))
     matrix = cells(verdicts, profiles)
@@ -80,5 +80,5 @@ def _show(profiles: list[str], verdicts: list[Verdict], matrix: dict[tuple[str, 
 
 def _shown(cell: Cell) -> str:
     if cell.found is None:
-        return "holds" if cell.verdict == "holds" else "-"
+        return {"holds": "holds", "not exercised": "-"}.get(cell.verdict, f"to {cell.length}")
     return f"{cell.length}{'+' if cell.found.cycle else ''}"
