@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -11,14 +12,20 @@ from typing import IO, Any
 
 from kvpoll.sim.cluster import Cluster
 from kvpoll.sim.faults import Fault, Injector
-from kvpoll.sim.scenario import Scenario
+from kvpoll.sim.scenario import Scenario, Timing
 from kvpoll.sim.workload import Arrival
 from kvpoll.sim.world import World
 from kvpoll.spec.protocol import Profile, Protocol
 from kvpoll.spec.trace import Healed, Stream, Violated, encode
 
 PROBE_GAP_S = 0.25
+PROBE = (1024, 8)
+"""Tokens of a probe: prompt and answer."""
 Progress = Callable[[float, float], None]
+
+
+class Enough(Exception):
+    """Raised by a listener that has seen what it wanted: the run ends here, unhealed and without a survey."""
 
 
 @dataclass
@@ -79,7 +86,8 @@ class Recorder:
 class Run:
     """One run to be made. ``trace`` receives JSON lines; ``collect`` receives the events themselves.
 
-    ``check`` False leaves the invariants out, which is for measuring what they cost.
+    ``check`` False leaves the invariants out, which is for measuring what they cost. ``listen`` subscribes to the
+    stream after the invariants; what it subscribes may raise Enough.
     """
 
     protocol: Protocol
@@ -94,12 +102,14 @@ class Run:
     collect: list[Any] | None = None
     progress: Progress | None = None
     check: bool = True
+    listen: Callable[[Stream], None] | None = None
 
     def __call__(self) -> Outcome:
         """Simulate. An interrupt ends the run early; what was recorded so far stays readable."""
         began = time.perf_counter()
         stream = Stream()
-        world = World(self.protocol, self.profile, self.scenario.topology, self.seed, stream, self.check)
+        seed = self.seed if not self.scenario.seed else self.scenario.seed + int(self.seed)
+        world = World(self.protocol, self.profile, self.scenario.topology, seed, stream, self.check)
         arrivals = self.arrivals
         if arrivals is None:
             arrivals = self.scenario.workload(world.chance("workload"), self.scenario.timing.hostile_s)
@@ -108,12 +118,16 @@ class Run:
             recorder = Recorder(stream, self._header(arrivals), self.trace)
         if self.collect is not None:
             stream.subscribe_all(self.collect.append)
+        if self.listen is not None:
+            self.listen(stream)
         cluster = Cluster(world)
         faults = list(self.scenario.faults if self.faults is None else self.faults)
         injector = Injector(cluster, faults)
         interrupted = False
         try:
             self._play(world, cluster, injector, arrivals)
+        except Enough:
+            pass
         except KeyboardInterrupt:
             interrupted = True
         return Outcome(
@@ -157,16 +171,11 @@ class Run:
         injector.schedule()
         cluster.start(servers_late=late)
         world.env.process(_arrive(world, cluster, arrivals))
+        if self.arrivals is None:
+            for rid, t in self.scenario.leaves.items():
+                world.after(t, _leave, cluster, rid)
         self._advance(world, timing.hostile_s)
-        injector.heal()
-        self._advance(world, world.now + timing.grace_s)
-        world.emit(Healed(world.now, "R"))
-        for number in range(timing.probes):
-            cluster.router.submit(f"probe{number}", 1024, 8)
-            self._advance(world, world.now + PROBE_GAP_S)
-        self._advance(world, world.now + timing.quiet_s)
-        cluster.survey()
-        world.watch.finish(world.now)
+        settle(world, cluster, injector, timing, functools.partial(self._advance, world))
 
     def _advance(self, world: World, until_s: float) -> None:
         """Run to a time; with progress, in slices of ten simulated seconds."""
@@ -178,6 +187,25 @@ class Run:
         while world.now < until_s:
             world.env.run(until=min(until_s, world.now + 10.0))
             self.progress(world.now, whole)
+
+
+def settle(
+    world: World, cluster: Cluster, injector: Injector, timing: Timing, advance: Callable[[float], None]
+) -> None:
+    """The healed phase: faults stop, probes must succeed, and after a quiet time nothing may be left."""
+    injector.heal()
+    advance(world.now + timing.grace_s)
+    world.emit(Healed(world.now, "R"))
+    for number in range(timing.probes):
+        cluster.router.submit(f"probe{number}", *PROBE)
+        advance(world.now + PROBE_GAP_S)
+    advance(world.now + timing.quiet_s)
+    cluster.survey()
+    world.watch.finish(world.now)
+
+
+def _leave(cluster: Cluster, rid: str) -> None:
+    cluster.router.client_leaves(rid)
 
 
 def _arrive(world: World, cluster: Cluster, arrivals: list[Arrival]) -> Any:

@@ -11,7 +11,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One checked scenario file. ``digest`` identifies its text in traces."""
+    """One checked scenario file. ``digest`` identifies its text in traces.
+
+    seed: added to the seed of a run, so that a file can name the chance it needs. leaves: when a client goes away,
+    by request; a fault of the file that strikes one request and no other.
+    """
 
     name: str
     path: str
@@ -87,6 +91,8 @@ class Scenario:
     faults: tuple[Fault, ...]
     expectations: tuple[Expectation, ...]
     schedule: Schedule | None = None
+    seed: int = 0
+    leaves: Mapping[str, float] = field(default_factory=dict)
 
     def expectation(self, profile: str) -> Expectation | None:
         """What the file says of a profile, by its name or label."""
@@ -117,8 +123,7 @@ def load_scenario(path: Path, protocol: Protocol) -> Scenario:
 def parse_scenario(source: Source, protocol: Protocol, name: str) -> Scenario:
     """Check a parsed scenario. Raises BadInput at the offending line."""
     data = source.data
-    keys = ("title", "story", "upstream", "race", "topology", "workload", "timing", "fault", "expect", "schedule")
-    source.require_known((), data, keys, "key")
+    source.require_known((), data, (*SHAPES, "seed"), "key")
     for key in ("title",) if "schedule" in data else ("title", "workload"):
         if key not in data:
             raise source.error((), f"a scenario needs `{key}`")
@@ -128,6 +133,7 @@ def parse_scenario(source: Source, protocol: Protocol, name: str) -> Scenario:
             _check_shapes(source, (key, index), entry, shapes)
     topology = _topology(source)
     timing = _filled(source, ("timing",), data.get("timing", {}), Timing)
+    _check_scalar(source, ("seed",), "seed", data.get("seed", 0), 0)
     faults = tuple(_fault(source, index, entry, topology) for index, entry in enumerate(data.get("fault", [])))
     expectations = tuple(
         _expectation(source, index, entry, protocol) for index, entry in enumerate(data.get("expect", []))
@@ -146,6 +152,8 @@ def parse_scenario(source: Source, protocol: Protocol, name: str) -> Scenario:
         schedule=read_schedule(source) if "schedule" in data else None,
         faults=faults,
         expectations=expectations,
+        seed=data.get("seed", 0),
+        leaves=_leaves(data.get("workload", {}).get("requests", [])),
     )
 
 
@@ -221,7 +229,7 @@ def _topology(source: Source) -> Topology:
     source.require_known(("topology",), entry, [*base, *shapes], "key")
     for name, value in entry.items():
         _check_scalar(source, ("topology", name), name, value, base[name])
-        if value == 0 and not isinstance(value, bool) and name not in ("latency_s", "http_latency_s"):
+        if value == 0 and not isinstance(value, bool) and name not in ("latency_s", "http_latency_s", "jitter"):
             raise source.error(("topology", name), f"this cluster cannot exist: {name} is 0")
     balances = ("follow_bootstrap_room", "total_requests", "total_tokens")
     if entry.get("load_balance", balances[0]) not in balances:
@@ -440,12 +448,30 @@ def _listed(source: Source, entries: list[Mapping[str, Any]]) -> Callable[[rando
     arrivals = []
     for index, entry in enumerate(entries):
         path = ("workload", "requests", index)
-        source.require_known(path, entry, ("at_s", "input_tokens", "output_tokens"), "key")
+        source.require_known(path, entry, ("at_s", "input_tokens", "output_tokens", "leaves_at_s"), "key")
         for name in ("at_s", "input_tokens", "output_tokens"):
             if name not in entry:
                 raise source.error(path, f"a request needs `{name}`")
             _check_scalar(source, path, name, entry[name], 0.0 if name == "at_s" else 0)
             if entry[name] == 0 and name != "at_s":
                 raise source.error(path, f"{name} must be above 0")
-        arrivals.append(Arrival(float(entry["at_s"]), entry["input_tokens"], entry["output_tokens"]))
-    return lambda chance, until_s: sorted(arrivals)
+        _check_scalar(source, (*path, "leaves_at_s"), "leaves_at_s", entry.get("leaves_at_s", 0.0), 0.0)
+        if entry.get("leaves_at_s", math.inf) < entry["at_s"]:
+            raise source.error((*path, "leaves_at_s"), "leaves_at_s must not be before at_s")
+        arrivals.append(_arrival(entry))
+    return lambda chance, until_s: sorted(arrivals, key=_moment)
+
+
+def _arrival(entry: Mapping[str, Any]) -> Arrival:
+    return Arrival(float(entry["at_s"]), entry["input_tokens"], entry["output_tokens"])
+
+
+def _moment(arrival: Arrival) -> float:
+    """Requests of one moment stay in the order of the file."""
+    return arrival.t
+
+
+def _leaves(entries: list[Mapping[str, Any]]) -> dict[str, float]:
+    """Request -> when its client leaves. Requests are numbered in the order in which they arrive."""
+    asked = sorted(entries, key=lambda entry: float(entry["at_s"]))
+    return {f"r{number}": float(entry["leaves_at_s"]) for number, entry in enumerate(asked) if "leaves_at_s" in entry}

@@ -33,7 +33,8 @@ class Topology:
     """Prefill and decode engines and what joins them.
 
     page_tokens: tokens a page holds. kv_bytes_per_token: over all layers and ranks (70,272 is DeepSeek-V3's MLA).
-    chunk_tokens: chunked prefill. link_bytes_per_s: one rank's network card. latency_s: one-way message latency.
+    chunk_tokens: chunked prefill. link_bytes_per_s: one rank's network card. latency_s: one-way message latency,
+    to which up to `jitter` times as much is drawn for every message; without jitter messages arrive as they left.
     dp_attention: data-parallel attention (True) or plain replicas. load_balance: how prefill's controller picks
     a DP rank: "follow_bootstrap_room", "total_requests" or "total_tokens".
     """
@@ -46,6 +47,7 @@ class Topology:
     link_bytes_per_s: float = 25e9
     latency_s: float = 0.0002
     http_latency_s: float = 0.002
+    jitter: float = 1.0
     dp_attention: bool = True
     load_balance: str = "follow_bootstrap_room"
     mla: bool = False

@@ -8,6 +8,7 @@ runs. A repeat is byte-identical.
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,7 @@ class Network:
         self._unsent: list[tuple[Any, ...]] = []
         self._serial = 0
         self._jitter = world.chance("latency")
+        self._spread = world.topology.jitter
         self._copies = world.chance("duplicates")
 
     def is_severed(self, left: str, right: str) -> bool:
@@ -122,7 +124,7 @@ class Network:
 
     def latency_s(self, node: str) -> float:
         """One draw of one-way latency to or from ``node``."""
-        delay = self.world.topology.latency_s * (1.0 + self._jitter.random())
+        delay = self.world.topology.latency_s * (1.0 + self._spread * self._jitter.random())
         for prefix, extra_s, is_random in self.delays:
             if covers(prefix, node):
                 delay += extra_s * (self._jitter.random() if is_random else 1.0)
@@ -143,18 +145,30 @@ class Network:
         serial = self._serial
         if world.stream.wants(Sent):
             world.emit(Sent(world.now, node, to, message, incarnation, serial))
-        arrival = max(self._last.get((node, to), 0.0), world.now + self.latency_s(node))
-        self._last[node, to] = arrival
+        delay_s = self._in_turn(node, to, self.latency_s(node))
         epoch = world.epochs.get(engine_of(to), 0)
         parcel = (node, to, message, incarnation, serial, epoch, deliver, arguments)
-        world.after(arrival - world.now, self._arrive, parcel)
+        world.after(delay_s, self._arrive, parcel)
         if (
             self.duplicating
             and engine_of(node) != engine_of(to)
             and any(covers(p, node) and self._copies.random() < share for p, share in self.duplicating)
         ):
             world.mark(node, "message_duplicated")
-            world.after(arrival - world.now, self._arrive, parcel)
+            world.after(delay_s, self._arrive, parcel)
+
+    def _in_turn(self, node: str, to: str, latency_s: float) -> float:
+        """How long a message takes that may not overtake the one before it on its channel.
+
+        What counts is the sum that SimPy makes of now and the delay: rounded down by its last bit, it would let a
+        message overtake one that waits for the very same moment.
+        """
+        now, last = self.world.now, self._last.get((node, to), 0.0)
+        delay_s = max(last, now + latency_s) - now
+        while now + delay_s < last:
+            delay_s += math.ulp(last)
+        self._last[node, to] = now + delay_s
+        return delay_s
 
     def _arrive(self, parcel: tuple[Any, ...]) -> None:
         node, to, message, incarnation, serial, epoch, deliver, arguments = parcel

@@ -16,6 +16,7 @@ from importlib import import_module
 from kvpoll import __version__
 from kvpoll.commands import (
     campaign,
+    check,
     demo,
     diagram,
     explore,
@@ -69,7 +70,9 @@ def parser() -> Parser:
     top = Parser(prog="kvpoll", description="The prefill/decode KV-transfer protocol under test.", epilog=EPILOG)
     top.add_argument("--version", action="version", version=f"kvpoll {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for command in (listing, reproduce, run, campaign, explore, matrix, mutants, replay, shrink, report, demo, diagram):
+    running = (listing, reproduce, run, campaign, replay, shrink)
+    exploring = (explore, check, matrix, mutants)
+    for command in (*running, *exploring, report, demo, diagram):
         command.add(verbs)
     verbs.add_parser("bench", help="Measure kvpoll beside its peers.", add_help=False)
     return top
