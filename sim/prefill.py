@@ -438,8 +438,12 @@ class PrefillRank(Rank):
     # -- computing and sending
 
     def _pick(self, free_pages: int) -> tuple[Work, ...]:
-        """The next batch: first come, first served, up to chunk_tokens, as far as pages reach."""
-        budget, batch = self.world.topology.chunk_tokens, []
+        """The next batch: first come, first served, up to chunk_tokens, as far as pages reach.
+
+        The first request that finds no pages holds back those that have not begun; one that has begun goes on, because
+        its pages are what the others wait for.
+        """
+        budget, batch, has_room = self.world.topology.chunk_tokens, [], True
         page_tokens = self.world.topology.page_tokens
         for rid, entry in self.entries.items():
             if entry.state.state != "Waiting":
@@ -448,8 +452,9 @@ class PrefillRank(Rank):
                 break
             if entry.computed == 0:
                 needed = -(-entry.request.input_tokens // page_tokens)
-                if needed > free_pages:
-                    break
+                has_room = has_room and needed <= free_pages
+                if not has_room:
+                    continue
                 free_pages -= needed
             remaining = entry.request.input_tokens - entry.computed
             tokens = remaining if remaining <= budget else budget - budget % page_tokens

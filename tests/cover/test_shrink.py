@@ -371,3 +371,23 @@ def test_what_cannot_be_shrunk_is_one_line_and_status_2(tell: Any, words: list[s
     status, out, err = tell("shrink", *words)
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert err.startswith(f"kvpoll: {told}")
+
+
+def test_a_schedule_loses_the_moves_that_do_not_matter(tmp_path: Path) -> None:
+    """A longer way to A11 than the explorer's: a second request comes and goes meanwhile."""
+    moves = [
+        "R dispatches q2", "R dispatches q1", "D0 hears R | D0 is told: open q2", "D0 hears R", "D0 finds P0 for q1",
+        "D0 reserves for q1", "P0 hears R", "P0 hears R", "P0's bootstrap deadline passes early | P0's bootstrap "
+        "deadline of room 1001 passes", "P0 admits q1", "P0 hears D0",
+    ]  # fmt: skip
+    listed = ", ".join(f'"{move}"' for move in moves)
+    long = tmp_path / "long.toml"
+    long.write_text(
+        f'title = "long"\n[schedule]\nmodel = "two-rooms"\nmoves = [{listed}]\n'
+        '[[expect]]\nprofile = "sglang-0.5.23"\nshows = ["S4"]\n'
+    )
+    out = tmp_path / "short.toml"
+    assert main(["shrink", str(long), "--profile", "sglang-0.5.23", "--out", str(out)]) == 0
+    short = load_scenario(out, PROTOCOL).schedule
+    assert short is not None and len(short.moves) == 8
+    assert main(["run", str(out), "--profile", "sglang-0.5.23"]) == 1

@@ -168,3 +168,33 @@ requests = [{ at_s = 1.0, input_tokens = 4000, output_tokens = 16 }]
     assert all(count == 0 for tables in surveyed.values() for count in tables.values())
     assert {event.t for event in run.of(trace.Surveyed)} == {run.outcome.simulated_s}
     assert scenario('[workload]\nkind = "synthetic"\n').timing.quiet_s == 450.0
+
+
+def test_a_half_computed_prompt_goes_on_although_an_earlier_one_waits_for_its_pages() -> None:
+    """Found by the stateful test: a prompt that found no pages held back the one that had them, and both waited."""
+    played = Played(
+        """
+        [topology.prefill]
+        kv_pages = 64
+        skew = 0.0
+        [topology.decode]
+        count = 2
+        [workload]
+        kind = "requests"
+        requests = [
+          { at_s = 0.06, input_tokens = 512, output_tokens = 1 },
+          { at_s = 0.08, input_tokens = 22854, output_tokens = 1 },
+          { at_s = 0.1, input_tokens = 11024, output_tokens = 1 },
+        ]
+        [timing]
+        hostile_s = 0.78125
+        probes = 1
+        [[fault]]
+        kind = "bootstrap_late"
+        target = "B0"
+        at_s = 0
+        for_s = 0.1
+        """.replace("\n        ", "\n")
+    )
+    assert played.outcome.holds
+    assert played.outcome.succeeded == 4

@@ -114,7 +114,7 @@ def _first_line(file: IO[str], path: Path) -> str:
 
 def _repeat(line: str, where: str, file: IO[str] | None, screen: Screen) -> Outcome:
     """Run what a line says. It is parsed, never handed to a shell."""
-    arguments = _parse(line, where)
+    arguments = parse_line(line, where)
     prepared = prepare(plan_of(arguments))
     with screen.progress("replaying", " simulated s") as advance:
         run = prepared.run(arguments.seed, trace=file, record=True, progress=advance)
@@ -122,7 +122,8 @@ def _repeat(line: str, where: str, file: IO[str] | None, screen: Screen) -> Outc
         return run()
 
 
-def _parse(line: str, where: str) -> argparse.Namespace:
+def parse_line(line: str, where: str) -> argparse.Namespace:
+    """The options in a `kvpoll run ...` line, found at ``where``. Raises BadInput."""
     parser = Parser(prog="kvpoll run", add_help=False)
     add_arguments(parser)
     try:

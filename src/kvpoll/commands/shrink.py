@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvpoll.commands import shrink_schedule
 from kvpoll.commands.options import Verbs, add_verb, lasting, open_to_write
 from kvpoll.commands.plan import Plan, Prepared, prepare
-from kvpoll.commands.replay import _parse as parse_line
+from kvpoll.commands.replay import parse_line
 from kvpoll.commands.run import add_arguments, plan_of
 from kvpoll.commands.screen import Screen, plural, seconds
 from kvpoll.commands.status import HOLDS, INTERRUPTED
@@ -33,7 +34,7 @@ REFERENCE = "reference"
 def add(verbs: Verbs) -> None:
     """Declare the verb."""
     says = "Reduce a run that breaks an invariant to the smallest that still does, and write it as a scenario."
-    more = "SCENARIO is one, with the options of `run`; or a whole quoted `kvpoll run ...` line; or a recorded trace."
+    more = "SCENARIO is one, with the options of `run`; or a quoted `kvpoll run ...` line; or a recorded trace."
     parser = add_verb(verbs, "shrink", says, act, more)
     add_arguments(parser)
     parser.add_argument("--invariant", metavar="ID", help="the one to keep broken (default: the first that breaks)")
@@ -74,9 +75,7 @@ def act(arguments: argparse.Namespace, screen: Screen) -> int:
     given = _given(arguments)
     prepared = prepare(plan_of(given))
     if prepared.scenario.schedule is not None:
-        raise BadInput(
-            f"{prepared.scenario.path}: is a schedule of the explorer; `kvpoll shrink` is for simulated runs"
-        )
+        return shrink_schedule.act(prepared, wanted, arguments, screen)
     case = _case(prepared, given.seed)
     job = _job(case, prepared, given.seed, wanted, arguments.out, screen)
     _write(job, case, [], None)  # so that a place that cannot be written is told before the work
