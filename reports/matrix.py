@@ -14,7 +14,7 @@ from kvpoll.sim.explorer.schedule import ScheduledRun
 from kvpoll.sim.scenario import parse_scenario
 from kvpoll.spec.invariants import INVARIANTS
 from kvpoll.spec.protocol import Protocol, check_rule_values
-from kvpoll.spec.source import Source
+from kvpoll.spec.source import BadInput, Source
 
 HERE: Final = Path(__file__).resolve().parent
 CANDIDATES: Final = HERE / "candidates.toml"
@@ -154,12 +154,17 @@ def candidates(protocol: Protocol) -> list[dict[str, Any]]:
 
 
 def blames(protocol: Protocol) -> dict[str, Shortest | None]:
-    """What the rules of each candidate do when they are switched in `reference`."""
-    return {
-        entry["id"]: blame(entry["model"], {**entry.get("given", {}), **entry["rules"]}, entry["invariant"])
-        for entry in candidates(protocol)
-        if "rules" in entry
-    }
+    """What the rules of each candidate do when they are switched in `reference`. Raises BadInput if nothing is shown,
+    because what is given beside them breaks the invariant already.
+    """
+    found: dict[str, Shortest | None] = {}
+    for entry in candidates(protocol):
+        if "rules" in entry:
+            given = entry.get("given", {})
+            if given and blame(entry["model"], given, entry["invariant"]) is not None:
+                raise BadInput(f"{CANDIDATES}: {entry['id']}: what is given breaks {entry['invariant']} already")
+            found[entry["id"]] = blame(entry["model"], {**given, **entry["rules"]}, entry["invariant"])
+    return found
 
 
 def _candidate(entry: Mapping[str, Any], found: Shortest | None) -> str:

@@ -205,6 +205,11 @@ def compare(
     return Compared(model.name, profile.name, ours, theirs, list(_differences(ours, theirs)))
 
 
+def job_of(model: ModelFile, protocol: Protocol, profile: Profile) -> Job:
+    """TLC's job of counting the states of a model, with nothing to judge."""
+    return Job(model.module, _definitions(_Task(model, protocol, profile, {}), ()))
+
+
 @dataclass(frozen=True)
 class _Task:
     """What is compared."""

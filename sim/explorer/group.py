@@ -44,6 +44,7 @@ from kvpoll.sim.explorer.group_view import view
 from kvpoll.sim.explorer.model import HEAD, read_faults
 from kvpoll.sim.explorer.process import Process, ring
 from kvpoll.sim.explorer.system import ROOMS_FROM, Cell, Move, Outcome, Rename, System, refuse, send
+from kvpoll.sim.explorer.tla_values import to_tla
 from kvpoll.spec.protocol import Profile, Protocol
 from kvpoll.spec.source import Source
 from kvpoll.spec.trace import Admitted, CollectiveEntered, NodeStarted, Pair, Resulted, Surveyed
@@ -457,3 +458,13 @@ def gauges_of(rank: Rank) -> tuple[tuple[str, float], ...]:
 
 def _number(kind: str, shape: Any) -> int:
     return KINDS.index(kind) * 16 + (shape if isinstance(shape, int) else 0)
+
+
+def constants(model: GroupModel) -> dict[str, str]:
+    """The constants of ``spec/tla/Group.tla``, but for Rules, as TLA+ expressions."""
+    return {
+        "Requests": to_tla(frozenset(model.asked)),
+        "RoomOf": to_tla({rid: pair[0] for rid, pair in model.asked.items()}),
+        "Pages": str(model.pages),
+        "Faults": to_tla(dict(budget.budget(model.faults))),
+    }

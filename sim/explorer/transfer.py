@@ -71,8 +71,12 @@ def read(name: str, source: Source) -> Transfer:
         raise source.error((), "a model needs at least one [[request]]")
     if len({each.rid for each in asked}) < len(asked) or len({each.pair for each in asked}) < len(asked):
         raise source.error(("request", 0), "each request needs a rid, and a (room, attempt), of its own")
+    faults = read_faults(source, FAULTS)
+    deaths = faults.get("prefill_crash", 0) + faults.get("decode_crash", 0)
+    if min(deaths, faults.get("total", deaths)) > 1:
+        raise source.error(("faults",), "one death at most: monitors could not tell two apart; set `total = 1`")
     prefill, decode = tuple(head["prefill"]), tuple(head["decode"])
-    return Transfer(name, prefill, decode, head["pages"], asked, read_faults(source, FAULTS))
+    return Transfer(name, prefill, decode, head["pages"], asked, faults)
 
 
 def _request(source: Source, place: int, entry: Any, head: dict[str, Any]) -> Asked:

@@ -1,4 +1,4 @@
-"""What the cells of a transfer model hold, how effects change them, and what a sender's and a receiver's orders mean."""
+"""What the cells of a transfer model hold, how effects change them, and what orders mean on either side."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, NamedTuple
 
-from kvpoll import __version__
+from kvpoll import __version__, bench_explore
 from kvpoll.bench_simulation import Job, bare_s, idle_events, lone_pair_job, main_job, timed, ttft_p50_s
 from kvpoll.bench_step import blocks_kept_by_quiet_steps, quiet_steps_per_s, subjects
 from kvpoll.commands.options import Parser, counted, open_to_write
@@ -27,7 +27,7 @@ from kvpoll.spec.invariants import INVARIANTS
 from kvpoll.spec.protocol import Protocol, load
 from kvpoll.spec.source import BadInput
 
-PARTS: Final = ("step", "room", "simulation")
+PARTS: Final = ("step", "room", "simulation", "explore")
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- figures: written by kvpoll bench --docs -->", "<!-- end of figures -->"
 OURS: Final = "kvpoll"
@@ -48,6 +48,7 @@ class Row(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Measure, print, and write what was asked for. Raises BadInput; returns the exit status."""
     given = _parser().parse_args(list(argv))
+    given.only = given.only or given.part
     if given.docs and given.only:
         raise BadInput(f"--docs needs every figure, and --only {given.only} leaves some out: leave out one of them")
     screen = Screen()
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="kvpoll bench", description="Measure kvpoll beside its peers, in one run on this machine.")
+    parser.add_argument("part", nargs="?", choices=PARTS, metavar="PART", help="only this part, as with --only")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser.add_argument("--out", metavar="FILE", help="also write the figures to FILE, as JSON")
     parser.add_argument(
@@ -97,6 +99,8 @@ def measure(
         tell("an idle cluster")
         hours = [idle_events(protocol, hours * 3600.0) for hours in (1, 2)]
         result["idle"] = {"events_an_hour": hours[1] - hours[0]}
+    if "explore" in parts:
+        result["explore"] = bench_explore.measure(protocol, rounds, tell)
     return result
 
 
@@ -205,6 +209,8 @@ def rows(result: Result) -> list[Row]:
         found += _job_rows(name, job)
     if "idle" in result:
         found.append(_idle_row(result["idle"]))
+    if "explore" in result:
+        found += [Row(*cells) for cells in bench_explore.table(result["explore"], reached)]
     return found
 
 

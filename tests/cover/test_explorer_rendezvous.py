@@ -117,6 +117,7 @@ def test_nothing_holds_because_nothing_happened(name: str) -> None:
 
 # -- what is wrong with registration, and what would mend it
 
+
 def unmended() -> Protocol:
     """The protocol as it was before the explorer: a restart of the server is not noticed while a PUT is under way."""
     text = SPEC_PATH.read_text()
