@@ -42,7 +42,7 @@ WAITS: Final = {"router_join": "waits_for_both"}
 QUESTIONS: Final = (
     Question(
         "0002-completion-and-failure-delivery.md",
-        ("one-room",),
+        ("notices",),
         (
             Option("told at once, and again when the link is back; the router cancels the other leg", {}),
             Option("the same, but the router waits for both legs", WAITS),
