@@ -19,7 +19,7 @@ from kvpoll.sim.run import Outcome as Result
 from kvpoll.sim.scenario import parse_scenario
 from kvpoll.spec.protocol import Profile, Protocol, Value, load
 from kvpoll.spec.source import Source
-from kvpoll.spec.trace import Admitted, Healed, NodeStarted, NodeStopped, Stepped
+from kvpoll.spec.trace import Admitted, Healed, NodeStarted, NodeStopped, Requested, Stepped
 
 LIVENESS_STATES: Final = 400_000
 """Liveness needs every edge and no symmetry; above this many states it is only judged when asked for."""
@@ -27,8 +27,8 @@ LIVENESS_STATES: Final = 400_000
 COMMONPLACE: Final = frozenset({Stepped, Admitted, NodeStarted, NodeStopped})
 """Events that nearly every model emits; hearing nothing else tells a monitor nothing, if it could hear more."""
 
-NEEDS: Final[dict[str, type[Any]]] = {"L2": Stepped, "L4": Healed}
-"""The event without which a monitor has nothing to judge."""
+NEEDS: Final[dict[str, type[Any]]] = {"S10": Stepped, "L2": Stepped, "L4": Healed, "L6": Requested}
+"""What must have happened for a monitor to have had something to judge: S10 listens for what must never happen."""
 
 
 @dataclass(frozen=True)

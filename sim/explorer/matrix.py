@@ -12,6 +12,7 @@ from kvpoll.sim.explorer.model import load_model
 from kvpoll.spec.invariants import INVARIANTS
 from kvpoll.spec.protocol import Value, load
 
+REFERENCE: Final = "reference"
 MEMORY_BYTES: Final = 6 << 30
 """What one exploration may take."""
 
@@ -96,12 +97,12 @@ def judge_all(profiles: Sequence[str], models: Sequence[str], workers: int, most
     """Every model under every profile, as they are done, in several processes."""
     jobs = [(profile, model) for model in models for profile in profiles]
     parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
-    yield from parallel(joblib.delayed(judge)(profile, model, most) for profile, model in jobs)
+    yield from parallel(joblib.delayed(judge)(*job) for job in jobs)
 
 
 def blame(model_name: str, rules: Mapping[str, Value], invariant: str) -> Shortest | None:
     """What these rules alone, switched in `reference`, do to one invariant on one model."""
-    return judge("reference", model_name, None, rules).broken.get(invariant)
+    return judge(REFERENCE, model_name, None, rules).broken.get(invariant)
 
 
 def cells(verdicts: Iterable[Verdict], profiles: Sequence[str]) -> dict[tuple[str, str], Cell]:

@@ -23,7 +23,12 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--profile", metavar="NAME", action="append", dest="profiles", help="only this (repeatable)")
     parser.add_argument("--model", metavar="NAME", action="append", dest="models", help="only this (repeatable)")
     parser.add_argument("--workers", metavar="N", type=counted, help="processes (default: one for each core)")
-    parser.add_argument("--max-states", metavar="N", type=counted, help="leave a model unfinished after this many")
+    parser.add_argument(
+        "--max-states",
+        metavar="N",
+        type=counted,
+        help="leave a model unfinished after this many (never under reference)",
+    )
     parser.add_argument("--out", metavar="DIR", help="write matrix.md, matrix.json and pictures here")
 
 
