@@ -14,26 +14,18 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from kvpoll import __version__
-from kvpoll.commands import (
-    campaign,
-    check,
-    demo,
-    diagram,
-    explore,
-    listing,
-    matrix,
-    mutants,
-    replay,
-    report,
-    reproduce,
-    run,
-    shrink,
-)
 from kvpoll.commands.options import Parser
 from kvpoll.commands.screen import Screen
 from kvpoll.commands.status import BAD_INPUT, DEFECT, INTERRUPTED
 from kvpoll.sim.workload import WorkloadError
 from kvpoll.spec.source import BadInput, nearest
+
+VERBS = {
+    "list": "listing", "reproduce": "reproduce", "run": "run", "campaign": "campaign", "replay": "replay",
+    "shrink": "shrink", "explore": "explore", "check": "check", "matrix": "matrix", "mutants": "mutants",
+    "report": "report", "demo": "demo", "diagram": "diagram",
+}  # fmt: skip
+"""The module of every verb. Only that of the verb that was given is loaded: some need a second for it."""
 
 EPILOG = "Exit status: 0 holds, 1 violated, 2 bad input, 3 a defect of kvpoll, 130 interrupted."
 
@@ -65,22 +57,20 @@ def _act(words: list[str]) -> int:
     return int(arguments.act(arguments, Screen()))
 
 
-def parser() -> Parser:
-    """All verbs and their options."""
+def parser(verb: str | None = None) -> Parser:
+    """This verb and its options; all of them when it is none that is known."""
     top = Parser(prog="kvpoll", description="The prefill/decode KV-transfer protocol under test.", epilog=EPILOG)
     top.add_argument("--version", action="version", version=f"kvpoll {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    running = (listing, reproduce, run, campaign, replay, shrink)
-    exploring = (explore, check, matrix, mutants)
-    for command in (*running, *exploring, report, demo, diagram):
-        command.add(verbs)
+    for name in [verb] if verb in VERBS else VERBS:
+        import_module(f"kvpoll.commands.{VERBS[name]}").add(verbs)
     verbs.add_parser("bench", help="Measure kvpoll beside its peers.", add_help=False)
     return top
 
 
 def read(words: Sequence[str]) -> argparse.Namespace:
     """The options of one command line. Raises BadInput; an unknown option is told with the nearest one."""
-    arguments, rest = parser().parse_known_args(words)
+    arguments, rest = parser(next(iter(words), None)).parse_known_args(words)
     if rest:
         verb: argparse.ArgumentParser = arguments.parser
         if not rest[0].startswith("-"):
