@@ -10,6 +10,8 @@ from kvpoll.commands.options import Verbs, add_profile, add_spec, add_verb
 from kvpoll.commands.plan import read_spec
 from kvpoll.commands.screen import Screen
 from kvpoll.commands.status import HOLDS
+from kvpoll.sim.explorer.model import load_model
+from kvpoll.sim.explorer.model import names_available as model_names
 from kvpoll.sim.faults import kinds
 from kvpoll.sim.scenario import find, load_scenario, names_available
 from kvpoll.spec.invariants import INVARIANTS
@@ -21,7 +23,7 @@ Entry = dict[str, Any]
 
 def add(verbs: Verbs) -> None:
     """Declare the verb."""
-    parser = add_verb(verbs, "list", "Show scenarios, profiles, invariants, faults and rules.", act)
+    parser = add_verb(verbs, "list", "Show scenarios, models, profiles, invariants, faults and rules.", act)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"any of {', '.join(SECTIONS)} (default: all)")
     add_profile(parser, "reference", "whose values `rules` shows (default reference)")
     add_spec(parser)
@@ -62,6 +64,21 @@ def _scenarios(protocol: Protocol, profile: str) -> list[Entry]:
             "profiles": [expectation.label for expectation in scenario.expectations],
         }
         for scenario in loaded
+    ]
+
+
+def _models(protocol: Protocol, profile: str) -> list[Entry]:
+    del profile
+    loaded = [load_model(name, protocol) for name in model_names()]
+    return [
+        {
+            "name": model.name,
+            "kind": model.kind,
+            "title": model.title,
+            "faults": [f"{kind} {count}" for kind, count in sorted(model.faults.items())],
+            "TLC": "yes" if model.checked else "no",
+        }
+        for model in loaded
     ]
 
 
@@ -118,6 +135,7 @@ def _values(rule: Rule) -> list[str]:
 
 SECTIONS: dict[str, Callable[[Protocol, str], list[Entry]]] = {
     "scenarios": _scenarios,
+    "models": _models,
     "profiles": _profiles,
     "invariants": _invariants,
     "faults": _faults,
