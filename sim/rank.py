@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvpoll.spec.trace import IllegalFactRaised, LoopStopped, Queued, Stepped, new_event
-from kvpoll.spec.vocabulary import POLL_NUMBERS, Action, Fact, Incarnation
-from kvpoll.statemachine.agreement import Report
+from kvpoll.spec.vocabulary import Action, Fact, Incarnation
+from kvpoll.statemachine.agreement import Report, report_on
 from kvpoll.statemachine.machine import IllegalFact, Room, RoomMachine
 
 if TYPE_CHECKING:
@@ -194,13 +194,8 @@ class Rank:
         return self.over or self.stopped
 
     def report(self, incarnation: Incarnation) -> Report:
-        """Poll and cause of a room, as the scheduler sees them; a missing or foreign room is Failed (A22)."""
-        room = self.rooms.get(incarnation[0])
-        if room is None or room.incarnation[1] != incarnation[1]:
-            return Report(0, "room_lost")
-        local = room.local
-        report: Report = new_event(Report, (POLL_NUMBERS.get(local.poll, 0), local.cause))
-        return report
+        """Poll and cause of a room, as the scheduler sees them."""
+        return report_on(self.rooms.get(incarnation[0]), incarnation)
 
     def queue(self, name: str, rid: str, delta: int) -> None:
         """A request entered or left a queue; the gauge follows."""

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from kvpoll.spec.protocol import Profile
-from kvpoll.spec.vocabulary import POLL_NUMBERS
+from kvpoll.spec.vocabulary import POLL_NUMBERS, Incarnation
+from kvpoll.statemachine.machine import Room
 
 FAILED, BOOTSTRAPPING, WAITING, TRANSFERRING, SUCCESS = (POLL_NUMBERS[name] for name in POLL_NUMBERS)
 
@@ -32,6 +33,14 @@ class Report(NamedTuple):
 
     poll: int
     cause: str | None = None
+
+
+def report_on(room: Room | None, incarnation: Incarnation) -> Report:
+    """What a scheduler sees of one of its requests; a missing room, or one of another attempt, is Failed (A22)."""
+    if room is None or room[0][1] != incarnation[1]:
+        return Report(FAILED, "room_lost")
+    local = room[1]
+    return Report(POLL_NUMBERS.get(local.poll, FAILED), local.cause)
 
 
 def merge_by_request(contributions: Sequence[Mapping[str, Report]]) -> dict[str, Report]:

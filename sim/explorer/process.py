@@ -21,8 +21,8 @@ from kvpoll.spec.trace import (
     Reserved,
     Stepped,
 )
-from kvpoll.spec.vocabulary import POLL_NUMBERS, Action, Fact, Incarnation
-from kvpoll.statemachine.agreement import Report
+from kvpoll.spec.vocabulary import Action, Fact, Incarnation
+from kvpoll.statemachine.agreement import Report, report_on
 from kvpoll.statemachine.machine import IllegalFact, Room, RoomMachine
 from kvpoll.statemachine.roles import Peer
 
@@ -172,11 +172,8 @@ class Pen:
         return incarnation[:2] if self.strict else incarnation[:1]
 
     def report(self, incarnation: Incarnation) -> Report:
-        """Poll and cause of a room, as the scheduler sees them; a missing or foreign room is Failed (A22)."""
-        room = self.rooms.get(incarnation.room)
-        if room is None or room.incarnation.attempt != incarnation.attempt:
-            return Report(0, "room_lost")
-        return Report(POLL_NUMBERS.get(room.local.poll, 0), room.local.cause)
+        """Poll and cause of a room, as the scheduler sees them."""
+        return report_on(self.rooms.get(incarnation.room), incarnation)
 
     # -- orders
 

@@ -33,9 +33,11 @@ from kvpoll.spec.trace import (
     WriteSettled,
 )
 from kvpoll.spec.vocabulary import Incarnation
-from kvpoll.statemachine.agreement import BOOTSTRAPPING, Report, decide_bootstrap, decide_transfer
+from kvpoll.statemachine.agreement import Report, decide_bootstrap, decide_transfer
 from kvpoll.statemachine.roles import Machines, Peer, Queued
 from kvpoll.statemachine.routes import forgets_on_timeout, may_use
+
+NOT_HERE: Any = (None, None, None)
 
 
 class Engines:
@@ -311,13 +313,17 @@ class Engines:
         report = pen.report(own)
         return Report(0, entry.aborted) if entry.aborted and report.poll != 0 else report
 
+    def _decided(self, node: str, process: Process, rid: str, state: str, decide: Callable[..., Any]) -> Any:
+        """(pen, own identity, decision) about a request that stands so in the scheduler; None if it does not."""
+        entry = self._entry(process, rid)
+        if entry is None or entry.state != state:
+            return None
+        pen, own = self.pen(node, process), self.own(rid, process)
+        return pen, own, decide(rid, self._report(pen, entry, own))
+
     def _admit(self, node: str, process: Process, rid: str) -> Iterator[Outcome]:
         """The bootstrap queue: admit and take pages, or drop."""
-        entry = self._entry(process, rid)
-        if entry is None or entry.state != "Bootstrap":
-            return
-        pen, own = self.pen(node, process), self.own(rid, process)
-        decision = decide_bootstrap(rid, self._report(pen, entry, own))
+        pen, own, decision = self._decided(node, process, rid, "Bootstrap", decide_bootstrap) or NOT_HERE
         if decision is None or (decision.outcome == "admit" and not pen.free):
             return
         if decision.outcome == "drop":
@@ -330,11 +336,9 @@ class Engines:
 
     def _send(self, node: str, process: Process, rid: str) -> Iterator[Outcome]:
         """The forward pass is over: post the write."""
-        entry = self._entry(process, rid)
-        if entry is None or entry.state != "Waiting":
+        pen, own, decision = self._decided(node, process, rid, "Waiting", decide_transfer) or NOT_HERE
+        if pen is None:
             return
-        pen, own = self.pen(node, process), self.own(rid, process)
-        decision = decide_transfer(rid, self._report(pen, entry, own))
         if decision is not None and decision.outcome == "drop":
             yield self._drop(pen, "prefill", rid, own, decision.cause)
             return
@@ -350,11 +354,7 @@ class Engines:
 
     def _conclude(self, node: str, process: Process, rid: str) -> Iterator[Outcome]:
         """The transfer is over, well or badly."""
-        entry = self._entry(process, rid)
-        if entry is None or entry.state != "Inflight":
-            return
-        pen, own = self.pen(node, process), self.own(rid, process)
-        decision = decide_transfer(rid, self._report(pen, entry, own))
+        pen, own, decision = self._decided(node, process, rid, "Inflight", decide_transfer) or NOT_HERE
         if decision is None:
             return
         if decision.outcome == "drop":
@@ -440,12 +440,7 @@ class Engines:
 
     def _grant(self, node: str, process: Process, rid: str, enough: bool = True) -> Iterator[Outcome]:
         """The preallocation queue: give memory and tell prefill, or drop."""
-        entry = self._entry(process, rid)
-        if entry is None or entry.state != "Preallocation":
-            return
-        pen, own = self.pen(node, process), self.own(rid, process)
-        report = self._report(pen, entry, own)
-        decision = decide_bootstrap(rid, report) if report.poll != BOOTSTRAPPING else None
+        pen, own, decision = self._decided(node, process, rid, "Preallocation", decide_bootstrap) or NOT_HERE
         if decision is None or (decision.outcome == "admit" and not pen.free):
             return
         if decision.outcome == "drop":
@@ -465,11 +460,7 @@ class Engines:
 
     def _settle(self, node: str, process: Process, rid: str) -> Iterator[Outcome]:
         """The transfer queue: start to decode, or drop."""
-        entry = self._entry(process, rid)
-        if entry is None or entry.state != "Transfer":
-            return
-        pen, own = self.pen(node, process), self.own(rid, process)
-        decision = decide_transfer(rid, self._report(pen, entry, own))
+        pen, own, decision = self._decided(node, process, rid, "Transfer", decide_transfer) or NOT_HERE
         if decision is None:
             return
         if decision.outcome == "drop":
