@@ -179,10 +179,7 @@ class _Builder:
             self._prefill_moves(index)
             self._rank_moves(index)
         start = tuple(NodeStarted(0, node, 0) for node in DECODE)
-        header = {"profile": self.group.profile.name}
-        return System(
-            self.model.name, cells, self.moves, start, self._survey, tuple(self._renames()), self._view, header
-        )
+        return System(self.model.name, cells, self.moves, start, self._survey, tuple(self._renames()), self._view, True)
 
     def _view(self, cells: dict[str, Any]) -> dict[str, Any]:
         return view(self.group, PREFILL, ANSWERS, cells)

@@ -152,9 +152,7 @@ class _Builder:
         DecodeSide(self.scene).add_moves()
         alive = (*self.scene.ranks, DECODE) if late else (*self.scene.ranks, DECODE, SERVER)
         start = tuple(NodeStarted(0, node, 0) for node in alive)
-        return System(
-            model.name, cells, self.scene.moves, start, self._survey, view=view, header={"profile": self.profile.name}
-        )
+        return System(model.name, cells, self.scene.moves, start, self._survey, view=view)
 
     # -- the router
 

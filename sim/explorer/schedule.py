@@ -9,6 +9,7 @@ believed only after the simulator has seen it break.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Final
@@ -24,7 +25,7 @@ from kvpoll.sim.run import Progress, Recorder
 from kvpoll.spec.invariants import INVARIANTS, Watch
 from kvpoll.spec.protocol import Profile, Protocol
 from kvpoll.spec.source import BadInput, nearest
-from kvpoll.spec.trace import Delivered, FaultBegan, FaultEnded, Lost, Marked, Sent, Stream
+from kvpoll.spec.trace import CollectiveEntered, Delivered, FaultBegan, FaultEnded, Lost, Marked, Sent, Stream
 from kvpoll.spec.vocabulary import Incarnation
 
 STEP_S: Final = 0.001
@@ -126,6 +127,15 @@ class Post:
         return sorted(told, key=lambda event: isinstance(event, Sent))
 
 
+def _counted(event: Any, entered: Counter[tuple[str, str]]) -> Any:
+    """A collective with the number that it has on this rank."""
+    if not isinstance(event, CollectiveEntered):
+        return event
+    place = (event.group, event.node)
+    entered[place] += 1
+    return event._replace(sequence=entered[place] - 1)
+
+
 def _faults(move: Move, outcome: Outcome, t: float) -> list[Any]:
     """A fault of the environment begins and ends with its move."""
     if move.kind != "fault":
@@ -188,13 +198,16 @@ class ScheduledRun:
 
     def _play(self, env: simpy.Environment, stepper: Stepper, schedule: Schedule) -> Iterator[Any]:
         """(time, events, marks) of each move, as SimPy's clock goes on."""
-        post = Post(stepper.state)
+        post, entered = Post(stepper.state), Counter[tuple[str, str]]()
         yield env.now, stepper.system.start, ()
         for written in (*schedule.moves, *schedule.cycle):
             env.run(until=env.now + STEP_S)
             outcome = stepper.take(written)
             move = stepper.move(written)
-            events = (*outcome.events, *post.tell(move, stepper.state, env.now))
+            happened = outcome.events
+            if stepper.system.numbers_kinds:
+                happened = tuple(_counted(event, entered) for event in happened)
+            events = (*happened, *post.tell(move, stepper.state, env.now))
             yield env.now, (*_faults(move, outcome, env.now), *events), outcome.marks
         if schedule.ends == "for ever":
             bounds = self.protocol.bounds

@@ -14,7 +14,7 @@ them (one that stays possible happens in the end). A *fault* is the environment'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 Kind = Literal["step", "deadline", "fault"]
@@ -79,7 +79,8 @@ class System:
 
     start: events that happened before the first move (processes that started). survey: what an idle node says of
     itself, from its cell's name and value (R1, O1). renames: symmetries, without the identity. view: the abstract
-    state that TLC prints for the same state, as {variable: value}, from {cell: value}.
+    state that TLC prints for the same state, as {variable: value}, from {cell: value}. numbers_kinds: collectives bear
+    the number of their kind and shape, which keeps states few; when a behaviour is played they are counted instead.
     """
 
     name: str
@@ -89,7 +90,7 @@ class System:
     survey: Callable[[str, Any], Iterable[Any]] = lambda cell, value: ()
     renames: tuple[Rename, ...] = ()
     view: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    header: dict[str, Any] = field(default_factory=dict)
+    numbers_kinds: bool = False
 
     def initial(self) -> dict[str, Any]:
         """The first state, by cell."""
