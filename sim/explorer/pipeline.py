@@ -187,7 +187,6 @@ class _Builder:
             self._survey,
             self._renames(),
             self._view,
-            {"profile": self.machines.profile.name},
         )
 
     def _move(self, name: str, kind: Any, scope: tuple[str, ...], act: Callable[..., Any]) -> None:

@@ -128,9 +128,7 @@ class _Builder(Engines):
                 self.wire_moves(left, right)
                 self.link_moves(left, right)
         start = tuple(NodeStarted(0, node, 0) for node in (*model.prefill, *model.decode))
-        return System(
-            model.name, cells, self.moves, start, self._survey, self._renames(), view, {"profile": self.profile.name}
-        )
+        return System(model.name, cells, self.moves, start, self._survey, self._renames(), view)
 
     # -- the router
 

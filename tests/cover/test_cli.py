@@ -132,7 +132,7 @@ def test_list_names_everything(tell: Any) -> None:
     told = tell("list")
     assert told.status == 0
     headings = [line for line in told.out.splitlines() if line.isupper()]
-    assert headings == ["SCENARIOS", "PROFILES", "INVARIANTS", "FAULTS", "RULES"]
+    assert headings == ["SCENARIOS", "MODELS", "PROFILES", "INVARIANTS", "FAULTS", "RULES"]
     assert told.last == "kvpoll list --profile reference"
     found = tell("list", "--json").object
     assert [entry["id"] for entry in found["invariants"]] == list(INVARIANTS)

@@ -178,9 +178,9 @@ MALFORMED = [
     (mutant(ROW.replace('"receiver"', '"reciever"')), "mutants.toml:7: unknown role 'reciever' (did you mean 'receiver'?)"),
     (mutant(ROW.replace("from", "form")), "mutants.toml:7: unknown key 'form' (did you mean 'from'?)"),
     (mutant(ROW.replace('role = "receiver"', 'role = "router", table = "joint"')), "mutants.toml:7: role 'router' has no joint table"),
-    (mutant('row = { role = "registration", fact = "ServerRestarted" }\nbecomes = "nothing"'), 'mutants.toml:8: a row becomes "dropped" or a table of what it says instead'),
-    (mutant('row = { role = "registration", fact = "ServerRestarted" }\nbecomes = { actions = ["SendRegistraton"] }'), "mutants.toml:8: unknown action 'SendRegistraton' (did you mean 'SendRegistration'?)"),
-    (mutant('row = { role = "registration", fact = "ServerRestarted" }\nbecomes = { to = "Registred" }'), "mutants.toml:8: unknown state 'Registred' (did you mean 'Registered'?)"),
+    (mutant('row = { role = "registration", from = ["Registered"], fact = "ServerRestarted" }\nbecomes = "nothing"'), 'mutants.toml:8: a row becomes "dropped" or a table of what it says instead'),
+    (mutant('row = { role = "registration", from = ["Registered"], fact = "ServerRestarted" }\nbecomes = { actions = ["SendRegistraton"] }'), "mutants.toml:8: unknown action 'SendRegistraton' (did you mean 'SendRegistration'?)"),
+    (mutant('row = { role = "registration", from = ["Registered"], fact = "ServerRestarted" }\nbecomes = { to = "Registred" }'), "mutants.toml:8: unknown state 'Registred' (did you mean 'Registered'?)"),
     (mutant(GUARD) + mutant(GUARD), "mutants.toml:10: there is another mutant 'one' above"),
 ]  # fmt: skip
 

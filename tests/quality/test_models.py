@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pytest
 
-from kvpoll.sim.explorer.explore import Limits, explore
+from kvpoll.sim.explorer.explore import Limits, explore, replay
 from kvpoll.sim.explorer.judges import NOT_JUDGED
 from kvpoll.sim.explorer.model import load_model, names_available
 from kvpoll.spec.invariants import INVARIANTS
-from kvpoll.spec.protocol import load
+from kvpoll.spec.protocol import SPEC_PATH, load, parse
+from kvpoll.spec.source import Source
 
 PROTOCOL = load()
 STATES: dict[str, int] = {
@@ -52,6 +53,18 @@ def test_reference_holds_on_every_model(name: str) -> None:
     assert {found: each.text for found, each in report.broken.items()} == {}
     assert report.unwitnessed == []
     assert report.safety.states == STATES[name]
+
+
+def test_pages_that_are_never_at_rest_are_a_leak_all_the_same() -> None:
+    """Decode that forgets who has drained asks for ever: no node is ever idle, so nobody would look at its tables."""
+    text = SPEC_PATH.read_text(encoding="utf-8")
+    said = 'fact = "AbortAcknowledged", to = "=", update = ["note_drain"]'
+    assert text.count(said) == 1
+    deaf = parse(Source("deaf.toml", text.replace(said, said.replace('"note_drain"', ""))))
+    report = explore(load_model("one-room-small", deaf), deaf, deaf.profile("reference"), limits=Limits(liveness=True))
+    assert report.broken["R1"].cycle
+    _, replayed, _ = replay(report, report.broken["R1"], deaf, "test")
+    assert "R1" in replayed.violations
 
 
 def test_together_they_exercise_every_rule_that_a_profile_can_choose() -> None:
