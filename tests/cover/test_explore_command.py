@@ -366,3 +366,14 @@ def test_a_bad_model_is_refused(tell: Any, old: str, new: str, message: str) -> 
     assert old in SMALL
     Path("bad.toml").write_text(SMALL.replace(old, new, 1))
     assert_refused(tell("bad.toml"), f"bad.toml:{message}")
+
+
+def test_what_was_too_large_is_kept_and_goes_on_with_more_memory(tell: Any, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    told = tell("shared-room-small", "--memory", "0.0005", "--checkpoint", str(kept))
+    assert told.status == 2
+    assert f"it is kept in {kept}, and the same command goes on" in told.err
+    whole = tell("shared-room-small", "--checkpoint", str(kept), "--no-liveness", "--json")
+    assert (whole.status, whole.object["complete"]) == (0, True)
+    assert whole.object["states"] == tell("shared-room-small", "--no-liveness", "--json").object["states"]
+    assert not kept.exists()

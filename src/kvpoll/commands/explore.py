@@ -18,7 +18,7 @@ from kvpoll.commands.status import HOLDS, INTERRUPTED, VIOLATED
 from kvpoll.sim.explorer.checkpoint import resume, save
 from kvpoll.sim.explorer.explore import Counterexample, Limits, Report, explore, replay
 from kvpoll.sim.explorer.model import ModelFile, load_model, names_available
-from kvpoll.sim.explorer.search import Progress, Search, Taken
+from kvpoll.sim.explorer.search import Progress, Search, Taken, TooLarge
 from kvpoll.spec.invariants import INVARIANTS
 from kvpoll.spec.protocol import Profile, Protocol
 from kvpoll.spec.source import BadInput, nearest
@@ -93,15 +93,23 @@ def _one(model: ModelFile, protocol: Protocol, profile: Profile, arguments: argp
     base = protocol.profile(arguments.profile)
     changes = {name: value for name, value in profile.rules.items() if base[name] != value}
     checkpoint = None if arguments.checkpoint is None else Path(arguments.checkpoint)
+    searches: list[Search] = []
     digests = (protocol.digest, model.digest, repr(sorted(profile.rules.items())))
     with _progress(model, screen) as tell, _interruptible() as prepare:
 
         def ready(search: Search) -> None:
             prepare(search)
+            searches.append(search)
             if checkpoint is not None and checkpoint.exists():
                 resume(search, checkpoint, digests)
 
-        report = explore(model, protocol, profile, changes, only, limits, tell, ready)
+        try:
+            report = explore(model, protocol, profile, changes, only, limits, tell, ready)
+        except TooLarge as error:
+            if checkpoint is None:
+                raise
+            _save(searches[0], checkpoint, digests)
+            raise TooLarge(f"{error}; it is kept in {checkpoint}, and the same command goes on") from None
     if checkpoint is not None:
         _keep(report, checkpoint, digests)
     line = _line(arguments, model)
@@ -127,9 +135,13 @@ def _by_depth(report: Report) -> list[Counterexample]:
 def _keep(report: Report, checkpoint: Path, digests: tuple[str, ...]) -> None:
     if report.complete:
         checkpoint.unlink(missing_ok=True)
-        return
+    else:
+        _save(report.safety.search, checkpoint, digests)
+
+
+def _save(search: Search, checkpoint: Path, digests: tuple[str, ...]) -> None:
     try:
-        save(report.safety.search, checkpoint, digests)
+        save(search, checkpoint, digests)
     except OSError as error:
         raise BadInput(f"{checkpoint}: cannot be written: {error.strerror}; choose another place") from None
 
