@@ -151,7 +151,8 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on() -> None:
     assert (process.returncode, err) == (130, "")
     told = [line for line in [*seen, *out.splitlines()] if line.startswith("seed ")]
     done = stored("SELECT * FROM runs ORDER BY seed")
-    assert len(told) == len(done) >= 3 and len(done) < 300
+    # A seed is stored, then told: Ctrl-C may come in between.
+    assert 3 <= len(told) <= len(done) <= len(told) + 1 and len(done) < 300
     assert f"interrupted: {len(done)} of 300 seeds done; to go on:" in out
     line = f"kvpoll campaign main --profile reference {' '.join(SHORT)} --seed 0 --seeds 300 --store campaign.sqlite"
     assert out.splitlines()[-1] == f"{line} --workers 2"
