@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from kvpoll.reports.spacetime import Panel, draw
+from kvpoll.reports.behaviours import draw_behaviour
 from kvpoll.sim.explorer.judges import NOT_JUDGED
 from kvpoll.sim.explorer.matrix import Cell, Shortest, Verdict, as_object, blame
 from kvpoll.sim.explorer.schedule import ScheduledRun
@@ -77,8 +77,8 @@ def _draw(place: Path, protocol: Protocol, profile: str, cell: Cell, found: Shor
     events: list[Any] = []
     ScheduledRun(protocol, scenario, protocol.profile(profile), collect=events)()
     ends = "" if not found.cycle else f", then {found.cycle} for ever"
-    panel = Panel(f"{cell.model}, {profile}", f"{cell.invariant} after {found.length} moves{ends}", events)
-    draw([panel], place, found.text)
+    told = f"{cell.invariant} after {found.length} moves{ends}"
+    draw_behaviour(place, found.text, f"{cell.model}, {profile}", told, events)
 
 
 # -- the page

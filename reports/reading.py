@@ -98,6 +98,9 @@ class Story(NamedTuple):
         return sorted({min(max(t, self.begin_s), self.end_s) for t in times})
 
 
+NOBODY: Final[Pair] = (-1, -1)
+"""The request that a trace without requests is drawn for."""
+
 REQUESTS_LIMIT: Final = 24
 """HTTP requests drawn one by one; beyond that, a heartbeat is shown by its first and last try."""
 
@@ -294,12 +297,20 @@ def lanes(events: Sequence[Any], pair: Pair) -> tuple[str, ...]:
     return tuple(sorted(nodes, key=lane_order))
 
 
+def _everybody(events: Sequence[Any]) -> tuple[str, ...]:
+    """All processes that a trace without a request tells of, and those that they called."""
+    nodes = {event.node for event in events if isinstance(event, trace.NodeStarted | trace.Requested)}
+    nodes.update(event.server for event in events if isinstance(event, trace.Requested))
+    return tuple(sorted(nodes, key=lane_order))
+
+
 def story(events: Sequence[Any], focus: Pair | None = None) -> Story:
-    """Everything that a panel draws of one request. An empty story where the trace has no request."""
+    """Everything that a panel draws of one request; of all nodes, where the trace has no request."""
     pair = focus if focus is not None else pick_focus(events)
-    if pair is None or not events:
+    if not events:
         return Story(pair, 0.0, 1.0, (), [], [], [], [], [], [], None)
-    taking_part = lanes(events, pair)
+    taking_part = lanes(events, pair) if pair is not None else _everybody(events)
+    pair = pair or NOBODY
     drawn = [arrow for arrow in arrows(events, pair) if arrow.source in taking_part and arrow.target in taking_part]
     violations = [e for e in events if isinstance(e, trace.Violated) and e.pair in (pair, None)]
     begin_s, end_s = _window(events, pair, drawn, violations)

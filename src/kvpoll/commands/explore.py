@@ -214,10 +214,10 @@ def _written(
 def _picture(title: str, found: Counterexample, events: list[Any], place: Path) -> None:
     """The space-time diagram of a counterexample, where matplotlib is installed."""
     try:
-        from kvpoll.reports.spacetime import Panel, draw
+        from kvpoll.reports.behaviours import draw_behaviour
     except ImportError:
         return
-    draw([Panel(title, f"{found.invariant} after {plural(found.depth, 'move')}", events)], place, found.text)
+    draw_behaviour(place, found.text, title, f"{found.invariant} after {plural(found.depth, 'move')}", events)
 
 
 def as_object(report: Report, line: str) -> dict[str, Any]:
