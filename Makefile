@@ -78,7 +78,7 @@ $(DEMO_STAMP): pyproject.toml Makefile $(VENV)/pyvenv.cfg
 	$(INSTALL)
 	@touch '$@'
 
-$(FULL_STAMP): EXTRAS := test,lint,transitions,reports,bench
+$(FULL_STAMP): EXTRAS := test,lint,transitions,reports,bench,runtime
 $(FULL_STAMP): pyproject.toml Makefile $(VENV)/pyvenv.cfg
 	$(INSTALL)
 	@touch '$(DEMO_STAMP)' '$@'

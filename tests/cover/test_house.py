@@ -47,6 +47,11 @@ HOMES = {
     "torch": ("runtime/**",),
     "requests": ("runtime/**",),
     "zmq": ("runtime/**",),
+    "msgspec": ("runtime/**",),
+    "aiohttp": ("runtime/**",),
+    "prometheus_client": ("runtime/**",),
+    "mooncake": ("runtime/transports/**",),
+    "nixl_cu12": ("runtime/transports/**",),
     "hypothesis": (),  # for tests only
 }
 """Third-party package -> the only files that may import it; others are free outside the pure rooms."""
