@@ -9,16 +9,16 @@ from kvpoll.sim.bootstrap import BootstrapServer
 from kvpoll.sim.decode import DecodeEngine
 from kvpoll.sim.engine import Engine
 from kvpoll.sim.prefill import PrefillEngine
-from kvpoll.sim.router import Router
-from kvpoll.sim.topology import rank_name
-from kvpoll.sim.transport import Destination, Transport
-from kvpoll.sim.world import covers, engine_of
+from kvpoll.sim.transport import Transport
+from kvpoll.sim.world import covers
 from kvpoll.spec.trace import Surveyed
 from kvpoll.spec.vocabulary import Incarnation
+from kvpoll.statemachine.ranks.host import Plan, Request, engine_of
+from kvpoll.statemachine.ranks.router import Router
 
 if TYPE_CHECKING:
-    from kvpoll.sim.rank import Rank
     from kvpoll.sim.world import World
+    from kvpoll.statemachine.ranks.rank import Rank
 
 
 class Cluster:
@@ -26,6 +26,7 @@ class Cluster:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        world.cluster = self
         self.topology = world.topology
         self.transport = Transport(world)
         count = self.topology.prefill.count
@@ -35,8 +36,8 @@ class Cluster:
         self.prefill = [PrefillEngine(self, number) for number in range(count)]
         self.decode = [DecodeEngine(self, number) for number in range(self.topology.decode.count)]
         self._engines = {engine.name: engine for engine in self.engines()}
-        self.router = Router(self)
-        self.unique_indices = self._unique_indices()
+        self.router = Router(world, Fleet(self))
+        self.plan = Plan(self.topology.prefill.sizes, self.topology.follows_room, self.topology.mla)
         for engine in self.engines():
             engine.on_crash = self._crashed
         world.network.on_restored = self._restored
@@ -53,14 +54,6 @@ class Cluster:
         for engine in self.engines():
             engine.start()
 
-    def _unique_indices(self) -> dict[str, int]:
-        sizes = self.topology.prefill.sizes
-        return {
-            rank_name("P", number, sizes, dp, pp, tp, cp): tp * sizes.pp * sizes.cp + pp * sizes.cp + cp
-            for number in range(self.topology.prefill.count)
-            for dp in range(sizes.dp) for pp in range(sizes.pp) for tp in range(sizes.tp) for cp in range(sizes.cp)
-        }  # fmt: skip
-
     # -- from names to things
 
     def engine(self, name: str) -> Engine | None:
@@ -76,29 +69,11 @@ class Cluster:
         engine = self.engine(engine_of(node))
         return engine.ranks.get(node) if engine is not None and engine.up else None
 
-    def metadata_at(self, node: str, incarnation: Incarnation, destination: Destination, required: int) -> None:
-        """Metadata arrived at a prefill node."""
+    def hand(self, node: str, message: str, incarnation: Incarnation, arguments: tuple[Any, ...]) -> None:
+        """A control message arrived at a node."""
         rank = self.rank(node)
         if rank is not None:
-            rank.receive_metadata(incarnation, destination, required)
-
-    def abort_at(self, node: str, incarnation: Incarnation, index: int, asker: str, theirs: Incarnation) -> None:
-        """An abort arrived at a prefill node."""
-        rank = self.rank(node)
-        if rank is not None:
-            rank.receive_abort(incarnation, index, asker, theirs)
-
-    def status_at(self, node: str, incarnation: Incarnation, index: int, outcome: str) -> None:
-        """A prefill rank's outcome arrived at a decode node."""
-        rank = self.rank(node)
-        if rank is not None:
-            rank.receive_status(incarnation, index, outcome)
-
-    def ack_at(self, node: str, incarnation: Incarnation, index: int) -> None:
-        """A drain acknowledgement arrived at a decode node."""
-        rank = self.rank(node)
-        if rank is not None:
-            rank.receive_ack(incarnation, index)
+            rank.receive(message, incarnation, *arguments)
 
     # -- disturbances
 
@@ -134,6 +109,30 @@ class Cluster:
             self.world.emit(Surveyed(self.world.now, server.name, tables, (), 0))
 
 
+class Fleet:
+    """The cluster as its router sees it."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        topology = cluster.topology
+        self.cluster = cluster
+        self.prefill, self.decode = topology.prefill, topology.decode
+        self.load_balance, self.follows_room = topology.load_balance, topology.follows_room
+        self.latency_s = topology.latency_s
+
+    def command(self, engine: str, leader: str, request: Request, message: str, command: tuple[Any, ...]) -> bool:
+        """One message to an engine's controller; a severed one loses it."""
+        target = self.cluster.engine(engine)
+        if target is None or not target.up:
+            return False
+        identity = Incarnation(*request.pair, target.epoch)
+        self.cluster.world.network.send("R", leader, message, identity, self._arrive, target, request, command)
+        return True
+
+    def _arrive(self, engine: Any, request: Request, command: tuple[Any, ...]) -> None:
+        if engine.up:
+            engine.accept(request, command)
+
+
 def _survey(rank: Rank) -> Surveyed:
     tables = {
         "rooms": len(rank.rooms),
@@ -147,4 +146,4 @@ def _survey(rank: Rank) -> Surveyed:
     if hasattr(rank, "aux"):
         tables["aux_rows"] = rank.aux.size - len(rank.aux.free)
     gauges = tuple((name, float(value)) for name, value in sorted(rank.gauges.items()))
-    return Surveyed(rank.world.now, rank.node, tuple(tables.items()), gauges, rank.timers.overdue())
+    return Surveyed(rank.host.now, rank.node, tuple(tables.items()), gauges, rank.timers.overdue())

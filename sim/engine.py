@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from kvpoll.sim.world import covers
 from kvpoll.spec.trace import HealthReported, NodeStarted, NodeStopped
@@ -11,22 +11,8 @@ from kvpoll.statemachine.health import reports_healthy
 from kvpoll.statemachine.roles import Peer
 
 if TYPE_CHECKING:
-    from kvpoll.sim.topology import EngineShape
     from kvpoll.sim.world import World
-
-
-class Request(NamedTuple):
-    """One client request as the router dispatched it. ``pair`` is (room, attempt)."""
-
-    rid: str
-    pair: tuple[int, int]
-    t: float
-    input_tokens: int
-    output_tokens: int
-    prefill: int
-    prefill_dp: int
-    decode: int
-    decode_dp: int
+    from kvpoll.statemachine.ranks.engine import EngineShape
 
 
 class Engine:
@@ -35,7 +21,7 @@ class Engine:
     side = ""
 
     def __init__(self, world: World, number: int, shape: EngineShape) -> None:
-        self.world = world
+        self.host = world
         self.number = number
         self.shape = shape
         self.name = f"{self.side}{number}"
@@ -54,7 +40,7 @@ class Engine:
             return
         self.up = True
         self.epoch += 1
-        world = self.world
+        world = self.host
         world.alive[self.name] = True
         world.epochs[self.name] = self.epoch
         self.build()
@@ -67,7 +53,7 @@ class Engine:
         if not self.up:
             return
         self.up = False
-        world = self.world
+        world = self.host
         world.alive[self.name] = False
         for rank in self.ranks.values():
             rank.over = rank.timers.stopped = True
@@ -100,7 +86,7 @@ class Engine:
 
     def report_health(self) -> None:
         """Say what the health endpoint says, and what is true."""
-        world = self.world
+        world = self.host
         registered, running = self.is_registered(), self.loops_running()
         healthy = reports_healthy(world.profile, self.up, registered, running)
         world.emit(HealthReported(world.now, self.name, healthy, self.up and registered and running))
@@ -117,12 +103,12 @@ class Detector:
         self, rank: Any, target: str, on_suspected: Callable[[str], None], on_dead: Callable[[str, int], None]
     ) -> None:
         self.rank = rank
-        self.world: World = rank.world
+        self.host: World = rank.host
         self.target = target
-        self.state = Peer("Alive", self.world.epochs.get(target, 0))
+        self.state = Peer("Alive", self.host.epochs.get(target, 0))
         self._on_suspected = on_suspected
         self._on_dead = on_dead
-        self._interval_s = self.world.profile.number("heartbeat_interval_s")
+        self._interval_s = self.host.profile.number("heartbeat_interval_s")
         self._phase_s = rank.chance.random() * self._interval_s
         self._probing = False
 
@@ -130,14 +116,14 @@ class Detector:
         """Something happened to the target or to the way there."""
         if not self._probing:
             self._probing = True
-            now = self.world.now
+            now = self.host.now
             periods = int((now - self._phase_s) // self._interval_s) + 1
-            self.world.after(self._phase_s + periods * self._interval_s - now, self._probe)
+            self.host.after(self._phase_s + periods * self._interval_s - now, self._probe)
 
     def _probe(self) -> None:
         if self.rank.is_over():
             return
-        world = self.world
+        world = self.host
         reachable = world.alive.get(self.target, False) and not world.network.is_severed(self.rank.node, self.target)
         fact, detail = ("ProbeAnswered", world.epochs[self.target]) if reachable else ("ProbeMissed", None)
         self.state, orders = world.machines.peer.step(self.state, fact, detail)

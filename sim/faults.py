@@ -18,10 +18,11 @@ from kvpoll.sim.topology import Topology, rank_names
 from kvpoll.sim.world import covers
 from kvpoll.spec.source import Source
 from kvpoll.spec.trace import EVENTS, FaultBegan, FaultEnded
+from kvpoll.statemachine.conduct import follows_wall_clock
+from kvpoll.statemachine.ranks.host import Request
 
 if TYPE_CHECKING:
     from kvpoll.sim.cluster import Cluster
-    from kvpoll.sim.engine import Request
     from kvpoll.sim.transport import Transport, Write
 
 FAULTS_PATH = Path(__file__).parent.parent / "spec" / "faults.toml"
@@ -412,7 +413,7 @@ def _reuse_rooms(injector: Injector, fault: Fault) -> Undo:
 def _jump_clock(injector: Injector, fault: Fault) -> Undo:
     """The wall clock moves; whether timers care is the rule deadline_clock."""
     injector.fired(fault)
-    if injector.world.profile["deadline_clock"] == "wall":
+    if follows_wall_clock(injector.world.profile):
         for engine in injector.cluster.engines():
             for rank in engine.ranks.values():
                 if covers(fault.target, rank.node):

@@ -17,13 +17,14 @@ from typing import Any
 
 from kvpoll.sim.explorer.schedule_text import Schedule, read_schedule
 from kvpoll.sim.faults import Fault, Kind, kinds
-from kvpoll.sim.topology import EngineShape, Topology, rank_names
+from kvpoll.sim.topology import Topology, rank_names
 from kvpoll.sim.workload import Arrival, Fixed, Lengths, Lognormal, bursts, poisson, read_mooncake, synthetic
 from kvpoll.spec.invariants import INVARIANTS
 from kvpoll.spec.protocol import Profile, Protocol, Value, check_rule_values
 from kvpoll.spec.source import BadInput, Source, nearest
 from kvpoll.spec.trace import EVENTS
 from kvpoll.statemachine.mapping import Sizes
+from kvpoll.statemachine.ranks.engine import EngineShape
 
 SCENARIOS = Path(__file__).with_name("scenarios")
 RANKS_MAX = 1024

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 from kvpoll.sim.faults import Fault
 from kvpoll.sim.scenario import Expectation, Scenario, Timing
-from kvpoll.sim.topology import EngineShape, Topology
+from kvpoll.sim.topology import Topology
 from kvpoll.sim.workload import Arrival
 from kvpoll.spec.protocol import Profile, Protocol, Value
 from kvpoll.statemachine.mapping import Sizes
+from kvpoll.statemachine.ranks.engine import EngineShape
 
 WIDTH = 116
 

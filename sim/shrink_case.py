@@ -18,10 +18,11 @@ from kvpoll.sim.run import PROBE, PROBE_GAP_S, Enough, Outcome, Progress, Run
 from kvpoll.sim.scenario import Expectation, Timing
 from kvpoll.sim.scenario_text import FOR_EVER_S, Ask, Case
 from kvpoll.sim.shrink import Tier, drop, simplify
-from kvpoll.sim.topology import EngineShape, Topology, rank_names
+from kvpoll.sim.topology import Topology, rank_names
 from kvpoll.spec.invariants.monitor import GONE
 from kvpoll.spec.protocol import Protocol
 from kvpoll.spec.trace import Admitted, Delivered, Pair, Stepped, Stream, Violated
+from kvpoll.statemachine.ranks.engine import EngineShape
 
 
 @dataclass(frozen=True)

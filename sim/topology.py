@@ -5,27 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from kvpoll.statemachine.mapping import Mapping, Sizes, map_ranks
-
-
-@dataclass(frozen=True)
-class EngineShape:
-    """One kind of engine: how many of them, their parallel sizes, pools and speeds.
-
-    kv_pages: pages of page_tokens tokens in each rank's pool. rows: aux (metadata) rows. slots: requests that a
-    decode rank runs at once. tokens_per_s: prefill speed of one data-parallel replica. iteration_s: one decode
-    step. idle_s: one turn of a scheduler loop with nothing to compute. skew: how far ranks differ (fraction).
-    """
-
-    count: int = 1
-    sizes: Sizes = field(default_factory=Sizes)
-    kv_pages: int = 4096
-    rows: int = 256
-    slots: int = 256
-    tokens_per_s: float = 80_000.0
-    iteration_s: float = 0.03
-    idle_s: float = 0.001
-    skew: float = 0.05
+from kvpoll.statemachine.mapping import Mapping, map_ranks
+from kvpoll.statemachine.ranks.engine import EngineShape
+from kvpoll.statemachine.ranks.host import rank_name
 
 
 @dataclass(frozen=True)
@@ -75,20 +57,6 @@ class Topology:
         return None
 
 
-def rank_name(side: str, engine: int, sizes: Sizes, dp: int, pp: int, tp: int, cp: int = 0) -> str:
-    """``P0/dp1/pp0/tp1``; dimensions of size one are left out."""
-    parts = [f"{side}{engine}"]
-    for label, size, index in (
-        ("dp", sizes.dp, dp),
-        ("pp", sizes.pp, pp),
-        ("cp", sizes.cp, cp),
-        ("tp", sizes.tp, tp),
-    ):
-        if size > 1:
-            parts.append(f"{label}{index}")
-    return "/".join(parts)
-
-
 def rank_names(side: str, shape: EngineShape) -> Iterator[str]:
     """Every rank of every engine of one side."""
     for engine in range(shape.count):
@@ -96,4 +64,4 @@ def rank_names(side: str, shape: EngineShape) -> Iterator[str]:
             for pp in range(shape.sizes.pp):
                 for cp in range(shape.sizes.cp):
                     for tp in range(shape.sizes.tp):
-                        yield rank_name(side, engine, shape.sizes, dp, pp, tp, cp)
+                        yield rank_name(f"{side}{engine}", shape.sizes, dp, pp, tp, cp)

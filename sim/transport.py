@@ -11,22 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvpoll.sim.world import covers, engine_of
+from kvpoll.sim.world import covers
 from kvpoll.spec.trace import PageTag, WriteLanded, WritePosted, WriteSettled, new_event
-from kvpoll.spec.vocabulary import Incarnation
+from kvpoll.statemachine.ranks.host import Destination, engine_of
 
 if TYPE_CHECKING:
     from kvpoll.sim.world import World
-
-
-class Destination(NamedTuple):
-    """What a decode rank published: itself, its incarnation of the room, its bit, pages in prompt order, row."""
-
-    rank: Any
-    incarnation: Incarnation
-    bit: int
-    pages: tuple[int, ...]
-    row: int
 
 
 class Write(NamedTuple):
@@ -62,17 +52,17 @@ class Transport:
         """Post a write of ``len(source_pages)`` pages; ``done(outcome)`` gets "completed", "failed", "settled"."""
         world = self.world
         self._serial += 1
-        target = destination.rank
+        target = destination.node
         pages = destination.pages[first : first + len(source_pages)]
         row = destination.row if last else None
         world.emit(new_event(WritePosted, (
-            world.now, source.node, self._serial, destination.incarnation, target.node, chunk, last,
+            world.now, source.node, self._serial, destination.incarnation, target, chunk, last,
             source_pages, pages, row,
         )))  # fmt: skip
-        start = max(world.now, self._busy.get(source.node, 0.0), self._busy.get(target.node, 0.0))
-        end = start + self._duration_s(source, target, len(pages))
-        self._busy[source.node] = self._busy[target.node] = end
-        epochs = (world.epochs[source.engine.name], world.epochs[target.engine.name])
+        start = max(world.now, self._busy.get(source.node, 0.0), self._busy.get(target, 0.0))
+        end = start + self._duration_s(source.node, target, len(pages))
+        self._busy[source.node] = self._busy[target] = end
+        epochs = (world.epochs[source.engine.name], world.epochs[engine_of(target)])
         write = Write(self._serial, source, destination, chunk, first, pages, last, epochs, done)
         fault = self._fault_for(source.node)
         if fault is None:
@@ -80,12 +70,12 @@ class Transport:
         else:
             fault.strike(self, write, end - world.now)
 
-    def _duration_s(self, source: Any, target: Any, pages: int) -> float:
+    def _duration_s(self, source: str, target: str, pages: int) -> float:
         topology = self.world.topology
         size = max(1, pages) * self._page_bytes / self._share
         factor = 1.0
         for prefix, slowdown in self.slow:
-            if covers(prefix, source.node) or covers(prefix, target.node):
+            if covers(prefix, source) or covers(prefix, target):
                 factor *= slowdown
         return topology.latency_s + factor * size / topology.link_bytes_per_s
 
@@ -108,10 +98,11 @@ class Transport:
         write.done("completed")
 
     def _is_cut(self, write: Write) -> bool:
-        world, source, target = self.world, write.source, write.destination.rank
-        if not world.alive[target.engine.name] or world.epochs[target.engine.name] != write.epochs[1]:
+        world, target = self.world, write.destination.node
+        engine = engine_of(target)
+        if not world.alive[engine] or world.epochs[engine] != write.epochs[1]:
             return True
-        return world.network.is_severed(source.node, target.node)
+        return world.network.is_severed(write.source.node, target)
 
     def is_writer_gone(self, write: Write) -> bool:
         """Did the writing process die meanwhile? Then nothing more is read, placed or reported."""
@@ -124,7 +115,8 @@ class Transport:
             self._place(write, write.pages[:count])
 
     def _place(self, write: Write, pages: tuple[int, ...]) -> None:
-        world, target = self.world, write.destination.rank
+        world = self.world
+        target = world.cluster.rank(write.destination.node)
         pair, source = write.destination.incarnation.pair, write.source.component
         contents = target.kv.contents
         part, chunk = write.first, write.chunk

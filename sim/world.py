@@ -7,7 +7,6 @@ runs. A repeat is byte-identical.
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 from collections.abc import Callable
@@ -19,9 +18,12 @@ from kvpoll.spec.invariants import Watch
 from kvpoll.spec.protocol import Profile, Protocol
 from kvpoll.spec.trace import Delivered, Lost, Marked, Sent, Stream
 from kvpoll.spec.vocabulary import Incarnation
+from kvpoll.statemachine.conduct import sends_again
+from kvpoll.statemachine.ranks.host import Destination, Plan, Reply, Request, Waiting, engine_of
 from kvpoll.statemachine.roles import Machines
 
 if TYPE_CHECKING:
+    from kvpoll.sim.cluster import Cluster
     from kvpoll.sim.topology import Topology
 
 
@@ -50,6 +52,7 @@ class World:
         self.marks: dict[str, int] = {}
         self.epochs: dict[str, int] = {}
         self.alive: dict[str, bool] = {}
+        self.cluster: Cluster
 
     @property
     def now(self) -> float:
@@ -65,6 +68,58 @@ class World:
         event = simpy.Timeout(self.env, delay_s)
         assert event.callbacks is not None
         event.callbacks.append(lambda _: function(*arguments))
+
+    def sleep(self, delay_s: float) -> simpy.Event:
+        """What a task yields to go on after this time."""
+        return self.env.timeout(delay_s)
+
+    def happening(self) -> simpy.Event:
+        """What a task yields to go on when it succeeds."""
+        return simpy.Event(self.env)
+
+    def spawn(self, task: Waiting) -> None:
+        """Run a task."""
+        self.env.process(task)
+
+    # -- what ranks ask of the rest of the cluster
+
+    def send(self, node: str, to: str, message: str, incarnation: Incarnation, *arguments: Any) -> None:
+        """Send a control message to another rank."""
+        self.network.send(node, to, message, incarnation, self.cluster.hand, to, message, incarnation, arguments)
+
+    def request(self, node: str, engine: str, route: str, detail: Any, repeat: int, reply: Reply) -> None:
+        """Send an HTTP request to the bootstrap server of a prefill engine."""
+        self.cluster.server_of(engine).request(node, route, detail, repeat, reply)
+
+    def post(self, rank: Any, destination: Destination, chunk: int, first: int, pages: tuple[int, ...], last: bool,
+             done: Callable[[str], None]) -> None:  # fmt: skip
+        """Write pages of a prompt."""
+        self.cluster.transport.post(rank, destination, chunk, first, pages, last, done)
+
+    def plan(self, engine: str) -> Plan:
+        """The topology of a prefill engine."""
+        return self.cluster.plan
+
+    def believed_epoch(self, rank: Any, engine: str) -> int | None:
+        """An engine's process epoch as this rank's failure detector last saw it."""
+        detectors = rank.engine.detectors
+        return next((d.state.epoch for d in detectors if d.rank is rank and d.target == engine), None)
+
+    def true_epoch(self, engine: str) -> int:
+        """An engine's process epoch as it is."""
+        return self.epochs[engine]
+
+    def leg_failed(self, rank: Any, request: Request, side: str, cause: str) -> None:
+        """Answer the router's leg with an error."""
+        identity = Incarnation(*request.pair, 0)
+        self.network.send(rank.node, "R", "Error", identity, self.cluster.router.leg_failed, request, side, cause)
+
+    def first_token(self, rank: Any, request: Request) -> None:
+        """Stream the first token to the router."""
+        identity = Incarnation(*request.pair, 0)
+        self.network.send(rank.node, "R", "FirstToken", identity, self.cluster.router.first_token, request)
+
+    # -- telling
 
     def emit(self, event: Any) -> None:
         """Tell invariants and recorder what happened; deadlines that passed before it are judged first."""
@@ -82,12 +137,6 @@ class World:
         self.marks[mark] = self.marks.get(mark, 0) + 1
         if self.marks[mark] == 1 or self.stream.wants(Marked):
             self.emit(Marked(self.now, node, mark))
-
-
-@functools.lru_cache(maxsize=4096)
-def engine_of(node: str) -> str:
-    """``P0`` for ``P0/dp1/tp0``."""
-    return node.partition("/")[0]
 
 
 class Network:
@@ -177,7 +226,7 @@ class Network:
             self._broken.add((node, to))
             world.mark(node, "message_lost")
             world.emit(Lost(world.now, to, node, message, incarnation, serial))
-            if "R" in (node, to) and world.profile["resend_on_reconnect"] == "yes":
+            if "R" in (node, to) and sends_again(world.profile):
                 self._unsent.append(parcel)
             return
         if not world.alive.get(engine_of(to), True) or world.epochs.get(engine_of(to), 0) != epoch:

@@ -43,6 +43,11 @@ def report_on(room: Room | None, incarnation: Incarnation) -> Report:
     return Report(POLL_NUMBERS.get(local.poll, FAILED), local.cause)
 
 
+def agrees_by_request_id(profile: Profile) -> bool:
+    """One message of fixed shape per iteration, or one vector per queue that is skipped when it is empty (A14)?"""
+    return profile["agreement"] == "by_request_id"
+
+
 def merge_by_request(contributions: Sequence[Mapping[str, Report]]) -> dict[str, Report]:
     """Minimum per request over the ranks that know it; a rank that does not know it holds it in Bootstrapping."""
     first, *others = contributions
@@ -83,6 +88,26 @@ def decide_transfer(rid: str, report: Report) -> Decision | None:
     if report.poll == SUCCESS:
         return Decision(rid, "conclude")
     return None
+
+
+def given_up(cause: str | None, report: Report | None) -> Report | None:
+    """A request that this side gave up for ``cause`` is Failed whatever its room says; the first cause stays."""
+    if not cause or (report is not None and report.poll == FAILED):
+        return report
+    return Report(FAILED, cause)
+
+
+def decide_decode(rid: str, state: str, cause: str | None, report: Report | None) -> Decision | None:
+    """What a decode rank does about a request in one of its queues, given the merged report (None: none came).
+
+    One that waits for memory is dropped here if it failed; admitting it is a question of memory (``fits``).
+    """
+    merged = given_up(cause, report)
+    if merged is None or merged.poll == BOOTSTRAPPING:
+        return None
+    if state == "Transfer":
+        return decide_transfer(rid, merged)
+    return decide_bootstrap(rid, merged) if merged.poll == FAILED else None
 
 
 class Ring(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from kvpoll.spec.protocol import Profile
+from kvpoll.statemachine.conduct import believes_in_attempts
 
 
 def known_rank(profile: Profile, replica: int, dp_attention: bool) -> int:
@@ -34,7 +35,7 @@ def entry_key(profile: Profile, pair: tuple[int, int]) -> Hashable:
     Under the bare number a reused room finds the DP rank of the request before it, until its own registration has
     arrived, or for ever where that was lost or overtaken; decode then publishes its pages to the wrong rank (S6).
     """
-    return pair if profile["identity"] == "incarnation" else pair[0]
+    return pair if believes_in_attempts(profile) else pair[0]
 
 
 def must_register(profile: Profile, dp_size: int, follows_room: bool) -> bool:

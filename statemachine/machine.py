@@ -34,6 +34,7 @@ from typing import Any, Final, NamedTuple
 from kvpoll.spec.protocol import SAME, Joint, Profile, Role, Row, Table
 from kvpoll.spec.source import BadInput, nearest
 from kvpoll.spec.vocabulary import Action, Fact, Incarnation
+from kvpoll.statemachine.conduct import believes_in_attempts
 from kvpoll.statemachine.guards import GUARDS
 from kvpoll.statemachine.updates import UPDATES
 
@@ -159,7 +160,7 @@ class RoomMachine(Machine):
 
     def __init__(self, role: Role, profile: Profile) -> None:
         super().__init__(role, profile)
-        self._strict = profile["identity"] == "incarnation"
+        self._strict = believes_in_attempts(profile)
         self._interned: dict[Local, Local] = {}
         self._memo: dict[int, dict[tuple[str, Any], tuple[Local, Orders | None]]] = {}
         self._size = 0

@@ -12,24 +12,25 @@ from typing import Any, Final, NamedTuple
 
 from kvpoll.sim.explorer.process import Entry, Pen, Process
 from kvpoll.sim.explorer.system import Outcome, Rename, text_of
-from kvpoll.sim.rank import NOTHING_TO_DO
 from kvpoll.spec.trace import Addressed, Committed, Decided, HealthReported, PageTag
 from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.agreement import (
-    BOOTSTRAPPING,
-    FAILED,
     Decision,
     Memory,
     Report,
+    agrees_by_request_id,
     decide_bootstrap,
-    decide_transfer,
+    decide_decode,
     fits,
+    given_up,
     merge_by_position,
     merge_by_request,
     tightest,
 )
+from kvpoll.statemachine.conduct import illegal_fact_stops, queues_at_arrival
 from kvpoll.statemachine.health import reports_healthy
 from kvpoll.statemachine.machine import IllegalFact
+from kvpoll.statemachine.ranks.rank import NOTHING_TO_DO
 from kvpoll.statemachine.roles import Machines, Queued
 
 GROUP: Final = "D0"
@@ -95,8 +96,8 @@ class Group:
         self.nodes = nodes
         self.pairs = pairs
         self.pages = pages
-        self.by_request_id = self.profile["agreement"] == "by_request_id"
-        self.illegal_stops = self.profile["illegal_fact"] == "stops_scheduler"
+        self.by_request_id = agrees_by_request_id(self.profile)
+        self.illegal_stops = illegal_fact_stops(self.profile)
 
     def own(self, rid: str) -> Incarnation:
         """A request's identity; no process of this model dies."""
@@ -209,7 +210,7 @@ class RankPen(Pen):
 
     def _open(self, rid: str) -> None:
         self.entries[rid] = Entry(rid, "Unqueued")
-        if self.group.profile["decode_enqueue"] == "at_arrival":
+        if queues_at_arrival(self.group.profile):
             self.advance(rid, "RequestArrived")
         self.deliver("RequestOpened", self.group.own(rid))
 
@@ -301,26 +302,8 @@ class RankPen(Pen):
 
 def decisions(waiting: Iterable[Entry], merged: dict[str, Report]) -> list[Decision]:
     """What to do with the requests that wait, in the order of this rank's queue."""
-    decided: list[Decision | None] = []
-    for entry in waiting:
-        report = merged.get(entry.rid)
-        if report is not None or entry.aborted:
-            report = given_up(entry, report)
-        if report is None or report.poll == BOOTSTRAPPING:
-            continue
-        if entry.state == "Transfer":
-            decided.append(decide_transfer(entry.rid, report))
-        elif report.poll == FAILED:
-            decided.append(decide_bootstrap(entry.rid, report))
+    decided = [decide_decode(entry.rid, entry.state, entry.aborted, merged.get(entry.rid)) for entry in waiting]
     return [decision for decision in decided if decision is not None]
-
-
-def given_up(entry: Entry, report: Report | None) -> Report:
-    """A request that was given up is Failed whatever its room says; the first cause stays."""
-    if not entry.aborted or (report is not None and report.poll == FAILED):
-        assert report is not None
-        return report
-    return Report(FAILED, entry.aborted)
 
 
 def admissions(waiting: Iterable[Entry], merged: dict[str, Report], memory: Memory) -> Iterator[str]:
@@ -338,7 +321,8 @@ def admissions(waiting: Iterable[Entry], merged: dict[str, Report], memory: Memo
 def own_reports(pen: RankPen) -> Reports:
     """What this rank says of each request in its queue."""
     entries = [pen.entries[rid] for rid in pen.order_of]
-    return frozenset((entry.rid, given_up(entry, pen.report(pen.group.own(entry.rid)))) for entry in entries)
+    reports = [(entry, pen.report(pen.group.own(entry.rid))) for entry in entries]
+    return frozenset((entry.rid, given_up(entry.aborted, report) or report) for entry, report in reports)
 
 
 def own_memory(pen: RankPen) -> Memory:

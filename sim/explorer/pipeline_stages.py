@@ -13,7 +13,6 @@ from typing import Any, Final, NamedTuple
 
 from kvpoll.sim.explorer.process import Entry, Pen, Process
 from kvpoll.sim.explorer.system import Outcome
-from kvpoll.sim.rank import NOTHING_TO_DO
 from kvpoll.spec.protocol import Profile
 from kvpoll.spec.trace import CollectiveEntered, Decided, HealthReported
 from kvpoll.spec.vocabulary import Incarnation
@@ -32,8 +31,10 @@ from kvpoll.statemachine.agreement import (
     uses_ring,
     watched_states,
 )
+from kvpoll.statemachine.conduct import illegal_fact_stops
 from kvpoll.statemachine.health import reports_healthy
 from kvpoll.statemachine.machine import Local, Room
+from kvpoll.statemachine.ranks.rank import NOTHING_TO_DO
 from kvpoll.statemachine.roles import Machines, Queued
 
 ENGINE: Final = "P0"
@@ -115,7 +116,7 @@ class StagePen(Pen):
     def __init__(self, number: int, stage: Stage, wiring: Wiring) -> None:
         profile = wiring.machines.profile
         machine, process = wiring.machines.sender, Process(timers=stage.timers)
-        super().__init__(stage_name(number), process, machine, profile["illegal_fact"] == "stops_scheduler")
+        super().__init__(stage_name(number), process, machine, illegal_fact_stops(profile))
         self.number, self.stage, self.wiring = number, stage, wiring
         self.profile, self.stages, self.owns = profile, wiring.stages, wiring.owns
         self.rooms = {room.incarnation.room: room for room in stage.rooms}

@@ -23,6 +23,7 @@ from kvpoll.spec.trace import (
 )
 from kvpoll.spec.vocabulary import Action, Fact, Incarnation
 from kvpoll.statemachine.agreement import Report, report_on
+from kvpoll.statemachine.conduct import believes_in_attempts
 from kvpoll.statemachine.machine import IllegalFact, Room, RoomMachine
 from kvpoll.statemachine.roles import Peer
 
@@ -75,7 +76,7 @@ class Pen:
         self.node = node
         self.process = process
         self.machine = machine
-        self.strict = machine.profile["identity"] == "incarnation"
+        self.strict = believes_in_attempts(machine.profile)
         self.rooms = {room.incarnation.room: room for room in process.rooms}
         self.timers = set(process.timers)
         self.entries = {entry.rid: entry for entry in process.entries}

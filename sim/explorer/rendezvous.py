@@ -44,6 +44,7 @@ from kvpoll.sim.explorer.system import ROOMS_FROM, Cell, Outcome, System, refuse
 from kvpoll.spec.protocol import Profile, Protocol
 from kvpoll.spec.source import Source
 from kvpoll.spec.trace import Admitted, Healed, NodeStarted, NodeStopped, Resulted, Surveyed
+from kvpoll.statemachine.conduct import watches_server
 from kvpoll.statemachine.roles import Machines, Registration, Registry, Routed
 
 FAULTS = ("slowness", "dp_override", "bootstrap_crash", "answer_lost", "http_error")
@@ -187,7 +188,7 @@ class _Builder:
         settled = {"Registered"}
         if self.profile["register_exhausted"] == "continue_unregistered":
             settled.add("Exhausted")
-        watched = self.profile["registration_watch"] == "epoch"
+        watched = watches_server(self.profile)
         if OVER in left or not server.up or any(rank.registration.state not in settled for rank in ranks):
             return
         if watched and any(rank.server.epoch != server.epoch for rank in ranks):
@@ -274,7 +275,7 @@ class _Builder:
         self.scene.step(f"{node} begins to register", (ENGINE,), partial(self._begin, node))
         self.scene.step(f"{node} hears {SERVER}", (ENGINE, f"answers {node}"), partial(self._registered, node))
         self.scene.timer(f"{node} registers again", (ENGINE,), partial(self._register_again, node))
-        if self.profile["registration_watch"] == "epoch":
+        if watches_server(self.profile):
             self.scene.step(f"{node} probes {SERVER}", (ENGINE, SERVER), partial(self._probe, node))
 
     def _begin(self, node: str, ranks: tuple[Enlisting, ...]) -> Iterator[Outcome]:

@@ -31,6 +31,7 @@ from kvpoll.spec.trace import Committed, Computed, PageTag, Requested, Stalled
 from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine import dp_rank
 from kvpoll.statemachine.agreement import BOOTSTRAPPING, Report, decide_bootstrap, decide_transfer
+from kvpoll.statemachine.conduct import illegal_fact_stops, waits_for_http
 from kvpoll.statemachine.roles import Machines, Queued, Resolution
 from kvpoll.statemachine.routes import forgets_on_timeout
 
@@ -58,7 +59,7 @@ class Scene:
         self.desk = Desk(machines)
         self.asked = {asked.rid: asked for asked in model.asked}
         self.ranks = tuple(f"{ENGINE}/dp{dp}" for dp in range(model.prefill))
-        self.illegal_stops = self.profile["illegal_fact"] == "stops_scheduler"
+        self.illegal_stops = illegal_fact_stops(self.profile)
         self.moves: list[Move] = []
 
     def step(self, name: str, scope: tuple[str, ...], act: Callable[..., Any]) -> None:
@@ -91,7 +92,7 @@ class _Side:
         self.scene = scene
         self.machines = scene.machines
         self.profile = scene.profile
-        self.blocking = scene.profile["http_calls"] == "blocking"
+        self.blocking = waits_for_http(scene.profile, "GET /route")
 
     def _advance(self, pen: Pen, side: str, rid: str, fact: str) -> None:
         machine = self.machines.prefill_request if side == "prefill" else self.machines.decode_request

@@ -34,6 +34,7 @@ from kvpoll.spec.trace import (
 )
 from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.agreement import Report, decide_bootstrap, decide_transfer
+from kvpoll.statemachine.conduct import follows_wall_clock, illegal_fact_stops, probes_ranks
 from kvpoll.statemachine.roles import Machines, Peer, Queued
 from kvpoll.statemachine.routes import forgets_on_timeout, may_use
 
@@ -48,12 +49,12 @@ class Engines:
         self.machines = machines
         self.profile = machines.profile
         self.asked = {asked.rid: asked for asked in model.asked}
-        self.illegal_stops = self.profile["illegal_fact"] == "stops_scheduler"
+        self.illegal_stops = illegal_fact_stops(self.profile)
         self.moves: list[Move] = []
 
     def fresh(self, node: str) -> Process:
         others = self.model.decode if node in self.model.prefill else self.model.prefill
-        watches = node in self.model.decode or self.profile["liveness_probe"] == "rank_epoch"
+        watches = node in self.model.decode or probes_ranks(self.profile)
         peers = tuple((other, Peer("Alive", 0)) for other in sorted(others)) if watches else ()
         return Process(free=frozenset(range(self.model.pages)), peers=peers)
 
@@ -285,7 +286,7 @@ class Engines:
         """Timers that compare the wall clock do not ring in any time that matters when it is set far back."""
         if not process.timers:
             return
-        wall = self.profile["deadline_clock"] == "wall"
+        wall = follows_wall_clock(self.profile)
         after = process._replace(timers=frozenset()) if wall else process
         yield Outcome((after,), f"the wall clock of {node} is set back")
 

@@ -20,9 +20,10 @@ from kvpoll.commands.plan import MAIN, Plan, prepare
 from kvpoll.sim.bench_loop import bare_loop_s
 from kvpoll.sim.run import Outcome, Run
 from kvpoll.sim.scenario import Scenario, Timing
-from kvpoll.sim.topology import EngineShape, Topology
+from kvpoll.sim.topology import Topology
 from kvpoll.sim.workload import read_mooncake, synthetic
 from kvpoll.spec.protocol import Protocol
+from kvpoll.statemachine.ranks.engine import EngineShape
 
 HOUR_S: Final = 3600.0
 

@@ -7,13 +7,14 @@ from typing import Any
 from kvpoll.sim.cluster import Cluster
 from kvpoll.sim.run import Outcome, Run
 from kvpoll.sim.scenario import Scenario, parse_scenario
-from kvpoll.sim.topology import EngineShape, Topology
+from kvpoll.sim.topology import Topology
 from kvpoll.sim.world import World
 from kvpoll.spec.protocol import Value, load
 from kvpoll.spec.source import Source
 from kvpoll.spec.trace import Stream
 from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.mapping import Sizes
+from kvpoll.statemachine.ranks.engine import EngineShape
 
 PROTOCOL = load()
 A = Incarnation(7, 0, 0)

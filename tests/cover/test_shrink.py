@@ -22,11 +22,12 @@ from kvpoll.sim.scenario import Scenario, chosen_profile, find, load_scenario, p
 from kvpoll.sim.scenario_text import Ask, Case, case_of, write_case
 from kvpoll.sim.shrink import BUDGET, DONE, INTERRUPTED, Tier, drop, fewest, shrink, simplify
 from kvpoll.sim.shrink_case import Judge, expectation_of, look, size_of, tiers
-from kvpoll.sim.topology import EngineShape, Topology
+from kvpoll.sim.topology import Topology
 from kvpoll.spec.source import Source
 from kvpoll.spec.trace import Delivered
 from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.mapping import Sizes
+from kvpoll.statemachine.ranks.engine import EngineShape
 
 # ------------------------------------------------------------------------------------------------- the search
 

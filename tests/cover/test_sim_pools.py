@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sim_stage import A, B, Stage
 
-from kvpoll.sim.pools import Pool
 from kvpoll.spec.trace import PageTag, Released, Reserved
 from kvpoll.spec.vocabulary import Incarnation
+from kvpoll.statemachine.ranks.pool import Pool
 
 
 def pool(size: int) -> tuple[Stage, Pool]:

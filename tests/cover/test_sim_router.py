@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from sim_stage import Stage, shape
 
-from kvpoll.sim.engine import Request
 from kvpoll.sim.topology import Topology
 from kvpoll.spec.trace import Admitted, Resulted, Sent
+from kvpoll.statemachine.ranks.host import Request
 
 LEGS = ("prefill", "decode")
 
@@ -40,11 +40,11 @@ class Desk:
     def fail(self, request: Request, side: str, cause: str) -> None:
         engine = self.cluster.prefill[request.prefill] if side == "prefill" else self.cluster.decode[request.decode]
         rank = next(iter(engine.ranks.values()))
-        self.router.leg_failed(rank, request, side, cause)
+        self.stage.world.leg_failed(rank, request, side, cause)
         self.wait(0.1)
 
     def first_token(self, request: Request) -> None:
-        self.router.first_token(next(iter(self.cluster.decode[request.decode].ranks.values())), request)
+        self.stage.world.first_token(next(iter(self.cluster.decode[request.decode].ranks.values())), request)
         self.wait(0.1)
 
     @property

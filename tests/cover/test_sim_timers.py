@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from sim_stage import A, B, Stage
 
-from kvpoll.sim.rank import Timers
 from kvpoll.spec.vocabulary import Incarnation
+from kvpoll.statemachine.ranks.rank import Timers
 
 C = Incarnation(9, 0, 0)
 

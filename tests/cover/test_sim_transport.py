@@ -10,9 +10,9 @@ from sim_stage import A, B, Stage, shape
 from kvpoll.sim.cluster import Cluster
 from kvpoll.sim.faults import Fault, Injector, kinds
 from kvpoll.sim.topology import Topology
-from kvpoll.sim.transport import Destination
 from kvpoll.spec.trace import PageTag, WriteLanded, WritePosted, WriteSettled
 from kvpoll.spec.vocabulary import Incarnation
+from kvpoll.statemachine.ranks.host import Destination
 
 PAGE_BYTES = 512 * 1000
 LINK = 512_000_000.0  # one page takes a millisecond; times below are milliseconds after the first second
@@ -32,8 +32,7 @@ class Cards:
     def post(
         self, source: str, target: str, pages: int, who: Incarnation = A, first: int = 0, last: bool = True
     ) -> None:
-        rank = self.cluster.rank(target)
-        destination = Destination(rank, who, 0, tuple(range(10, 10 + first + pages)), 5)
+        destination = Destination(target, who, 0, tuple(range(10, 10 + first + pages)), 5)
         sent = tuple(range(pages))
         self.cluster.transport.post(
             self.cluster.rank(source), destination, 0, first, sent, last, lambda outcome: self.told(source, outcome)

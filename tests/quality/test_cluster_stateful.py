@@ -37,11 +37,12 @@ from kvpoll.sim.run import settle
 from kvpoll.sim.scenario import Timing
 from kvpoll.sim.scenario_text import Ask, Case, write_case
 from kvpoll.sim.shrink_case import expectation_of
-from kvpoll.sim.topology import EngineShape, Topology, rank_names
+from kvpoll.sim.topology import Topology, rank_names
 from kvpoll.sim.world import World
 from kvpoll.spec.protocol import load
 from kvpoll.spec.trace import Stream
 from kvpoll.statemachine.mapping import Sizes
+from kvpoll.statemachine.ranks.engine import EngineShape
 
 PROTOCOL = load()
 TOPOLOGY = Topology(

@@ -18,9 +18,6 @@ from typing import Any
 
 import pytest
 
-from kvpoll.sim.pools import Pool
-from kvpoll.sim.prefill import PrefillRank
-from kvpoll.sim.rank import Timers
 from kvpoll.sim.run import Outcome, Run
 from kvpoll.sim.scenario import Scenario, find, load_scenario, names_available, parse_scenario
 from kvpoll.spec.invariants import INVARIANTS
@@ -28,6 +25,9 @@ from kvpoll.spec.protocol import SPEC_PATH, Profile, Protocol, Value, load, pars
 from kvpoll.spec.source import Source
 from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.guards import GUARDS
+from kvpoll.statemachine.ranks.pool import Pool
+from kvpoll.statemachine.ranks.prefill import PrefillRank
+from kvpoll.statemachine.ranks.rank import Timers
 from kvpoll.statemachine.updates import UPDATES
 
 TEXT = SPEC_PATH.read_text(encoding="utf-8")
@@ -300,13 +300,13 @@ def post_one_chunk_ahead(self: PrefillRank, entry: Any, chunk: int, *rest: Any) 
 def ring_the_first_only(self: Timers, name: str) -> None:
     """Fires what is due and never looks at the queue again, until somebody arms a timer."""
     queue = self._queues[name]
-    while queue and queue[0][0] <= self.world.now + 1e-9:
+    while queue and queue[0][0] <= self.host.now + 1e-9:
         _, incarnation, token = queue.popleft()
         if self._armed.pop((name, incarnation), None) == token:
             self._fire(incarnation, name)
 
 
-PRISTINE_RELEASE, PRISTINE_RESERVE, PRISTINE_POST = Pool.release, Pool.reserve, PrefillRank._post
+PRISTINE_RELEASE, PRISTINE_RESERVE, PRISTINE_POST = Pool.release, Pool.reserve, PrefillRank.post
 
 MUTANTS = [
     Mutant(
@@ -417,7 +417,7 @@ MUTANTS = [
         ),
     ),
     Mutant(
-        "S11", "the writer is one chunk ahead of the computation", "happy", driver=(PrefillRank, "_post", post_one_chunk_ahead)
+        "S11", "the writer is one chunk ahead of the computation", "happy", driver=(PrefillRank, "post", post_one_chunk_ahead)
     ),
     Mutant(
         "S12",

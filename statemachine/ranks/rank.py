@@ -1,27 +1,26 @@
-"""One simulated rank: a driver of room machines. It carries out actions; it decides nothing itself."""
+"""What prefill and decode ranks share: a table of rooms, timers, and the orders of the machine carried out."""
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvpoll.spec.trace import IllegalFactRaised, LoopStopped, Queued, Stepped, new_event
 from kvpoll.spec.vocabulary import Action, Fact, Incarnation
 from kvpoll.statemachine.agreement import Report, report_on
+from kvpoll.statemachine.conduct import believes_in_attempts, illegal_fact_stops
 from kvpoll.statemachine.machine import IllegalFact, Room, RoomMachine
-
-if TYPE_CHECKING:
-    from kvpoll.sim.engine import Engine
-    from kvpoll.sim.world import World
+from kvpoll.statemachine.ranks.engine import Home
+from kvpoll.statemachine.ranks.host import Host
 
 
 class Timers:
     """The deadlines of one rank. Every timer of a name runs equally long, so a queue per name is in order."""
 
-    def __init__(self, world: World, durations_s: dict[str, float], fire: Callable[[Incarnation, str], None]) -> None:
-        self.world = world
+    def __init__(self, host: Host, durations_s: dict[str, float], fire: Callable[[Incarnation, str], None]) -> None:
+        self.host = host
         self.durations_s = durations_s
         self._fire = fire
         self._queues: dict[str, deque[tuple[float, Incarnation, int]]] = {name: deque() for name in durations_s}
@@ -35,13 +34,13 @@ class Timers:
         queue = self._queues[name]
         duration = self.durations_s[name]
         self._armed[name, incarnation] = self._token
-        timer = (self.world.now + duration, incarnation, self._token)
+        timer = (self.host.now + duration, incarnation, self._token)
         if queue and timer[0] < queue[-1][0]:  # those armed before the wall clock was set back run longer
             insort(queue, timer, key=lambda each: each[0])
         else:
             queue.append(timer)
         if queue[0] is timer:
-            self.world.after(duration, self._ring, name)
+            self.host.after(duration, self._ring, name)
 
     def cancel(self, incarnation: Incarnation, name: str) -> None:
         """Stop the named timer of a room, if it runs."""
@@ -53,7 +52,7 @@ class Timers:
 
     def overdue(self) -> int:
         """How many timers should have rung and have not (L5)."""
-        now = self.world.now
+        now = self.host.now
         return sum(due < now - 1e-6 and self._armed.get((name, who)) == token
                    for name, queue in self._queues.items() for due, who, token in queue)  # fmt: skip
 
@@ -67,14 +66,14 @@ class Timers:
         if self.stopped:
             return
         queue = self._queues[name]
-        now = self.world.now
+        now = self.host.now
         while queue and (queue[0][0] <= now + 1e-9 or self._armed.get((name, queue[0][1])) != queue[0][2]):
             _, incarnation, token = queue.popleft()
             if self._armed.get((name, incarnation)) == token:
                 del self._armed[name, incarnation]
                 self._fire(incarnation, name)
         if queue:
-            self.world.after(max(0.0, queue[0][0] - now), self._ring, name)
+            self.host.after(max(0.0, queue[0][0] - now), self._ring, name)
 
 
 NOTHING_TO_DO = frozenset({"Absent", "Announced", "Bootstrapping", "Transferring", "Retired"})
@@ -86,27 +85,32 @@ class Rank:
 
     role = ""
 
-    def __init__(self, engine: Engine, node: str, machine: RoomMachine, timers_s: dict[str, float]) -> None:
+    def __init__(self, engine: Home, node: str, machine: RoomMachine, timers_s: dict[str, float]) -> None:
         self.engine = engine
-        self.world = engine.world
+        self.host = engine.host
         self.node = node
         self.epoch = engine.epoch
-        self.strict = self.world.profile["identity"] == "incarnation"
+        self.strict = believes_in_attempts(self.host.profile)
         self.machine = machine
         self.rooms: dict[int, Room] = {}
         self.entries: dict[str, Any] = {}
-        self.timers = Timers(self.world, timers_s, self._deadline)
+        self.timers = Timers(self.host, timers_s, self._deadline)
         self.gauges: dict[str, int] = {}
         self.stopped = False
         self.over = False
-        self.chance = self.world.chance(f"{node}/{engine.epoch}")
+        self.chance = self.host.chance(f"{node}/{engine.epoch}")
         self.pace = 1.0 + self.chance.uniform(0.0, engine.shape.skew)
+        self._mail: dict[str, Callable[..., None]] = {}
         self._actions: dict[str, Callable[[Action, Any], None]] = {
             "ArmDeadline": lambda action, origin: self.timers.arm(action.incarnation, action.detail),
             "CancelDeadline": lambda action, origin: self.timers.cancel(action.incarnation, action.detail),
         }
 
     # -- facts in, actions out
+
+    def receive(self, message: str, incarnation: Incarnation, *arguments: Any) -> None:
+        """A control message arrived from another rank; what comes after the first word is for people to read."""
+        self._mail[message.partition(" ")[0]](incarnation, *arguments)
 
     def deliver(self, kind: str, incarnation: Incarnation, detail: Any = None, origin: Any = None) -> bool:
         """Offer a fact to its room and carry out what the machine orders. False when the fact was illegal."""
@@ -144,23 +148,23 @@ class Rank:
         before, now = room.local, after.local
         changed = before.poll is not now.poll or before.lease is not now.lease or before.arrived != now.arrived
         taken = before.owned is not now.owned or room.incarnation != after.incarnation
-        return changed or taken or self.world.stream.recording
+        return changed or taken or self.host.stream.recording
 
     def _tell(self, room: Room, after: Room, kind: str, meant_for: Incarnation, detail: Any, actions: Any) -> None:
         before, now = room.local, after.local
         own = after.incarnation
         if own is not meant_for and own != meant_for:
             own = room.incarnation
-        world = self.world
-        world.emit(new_event(Stepped, (
-            world.now, self.node, self.role, own, kind, meant_for, detail, before.poll, now.poll,
+        host = self.host
+        host.emit(new_event(Stepped, (
+            host.now, self.node, self.role, own, kind, meant_for, detail, before.poll, now.poll,
             before.lease, now.lease, now.cause, tuple([action[0] for action in actions]),
         )))  # fmt: skip
 
     def _illegal(self, error: IllegalFact, incarnation: Incarnation) -> None:
-        world = self.world
-        world.emit(IllegalFactRaised(world.now, self.node, self.role, incarnation, error.fact, error.state))
-        if world.profile["illegal_fact"] == "stops_scheduler":
+        host = self.host
+        host.emit(IllegalFactRaised(host.now, self.node, self.role, incarnation, error.fact, error.state))
+        if illegal_fact_stops(host.profile):
             self.stop_loop(str(error))
         else:
             self.deliver("AbortRequested", incarnation, "illegal_fact")
@@ -169,11 +173,11 @@ class Rank:
         """The scheduler loop dies while its process lives."""
         if not self.stopped:
             self.stopped = True
-            self.world.emit(LoopStopped(self.world.now, self.node, "scheduler", cause))
+            self.host.emit(LoopStopped(self.host.now, self.node, "scheduler", cause))
             self.engine.report_health()
 
     def _deadline(self, incarnation: Incarnation, name: str) -> None:
-        self.world.mark(self.node, f"deadline_{name}")
+        self.host.mark(self.node, f"deadline_{name}")
         self.deliver("DeadlineReached", incarnation, name)
 
     def poll_changed(self, room: Room) -> None:
@@ -200,8 +204,8 @@ class Rank:
     def queue(self, name: str, rid: str, delta: int) -> None:
         """A request entered or left a queue; the gauge follows."""
         self.gauges[name] = self.gauges.get(name, 0) + delta
-        world = self.world
-        world.emit(new_event(Queued, (world.now, self.node, name, rid, delta)))
+        host = self.host
+        host.emit(new_event(Queued, (host.now, self.node, name, rid, delta)))
 
     def live_rooms(self) -> int:
         """Rooms that are not tombstones."""

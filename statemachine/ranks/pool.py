@@ -16,8 +16,8 @@ class Pool:
     stale or foreign write is seen as data. Quarantined pages stay held; ``quarantined`` counts them.
     """
 
-    def __init__(self, world: Any, node: str, kind: str, size: int) -> None:
-        self.world = world
+    def __init__(self, host: Any, node: str, kind: str, size: int) -> None:
+        self.host = host
         self.node = node
         self.kind = kind
         self.size = size
@@ -40,8 +40,8 @@ class Pool:
         pages = tuple(self.free[cut:])
         del self.free[cut:]
         self.held[incarnation.pair] = pages
-        world = self.world
-        world.emit(new_event(Reserved, (world.now, self.node, self.kind, incarnation, pages)))
+        host = self.host
+        host.emit(new_event(Reserved, (host.now, self.node, self.kind, incarnation, pages)))
         return pages
 
     def release(self, incarnation: Incarnation) -> None:
@@ -51,8 +51,8 @@ class Pool:
             return
         self.quarantined.discard(incarnation.pair)
         self.free.extend(pages)
-        world = self.world
-        world.emit(new_event(Released, (world.now, self.node, self.kind, incarnation, pages, len(self.free))))
+        host = self.host
+        host.emit(new_event(Released, (host.now, self.node, self.kind, incarnation, pages, len(self.free))))
 
     def quarantine(self, incarnation: Incarnation) -> None:
         """Keep the pages out of use until the writer is proven quiet."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import simpy
-
-from kvpoll.sim.topology import rank_name
 from kvpoll.spec.trace import Stalled
+from kvpoll.statemachine.conduct import waits_for_http
 from kvpoll.statemachine.dp_rank import entry_key
+from kvpoll.statemachine.ranks.host import Happening, Reply, rank_name, unique_index
 from kvpoll.statemachine.roles import Resolution
 from kvpoll.statemachine.routes import gives_up, may_use
 
 if TYPE_CHECKING:
-    from kvpoll.sim.decode import DecodeRank, Entry
+    from kvpoll.statemachine.ranks.receiver import Entry, ReceiverRank
 
 
 class Finder:
@@ -24,15 +23,15 @@ class Finder:
     each has been asked for.
     """
 
-    def __init__(self, rank: DecodeRank) -> None:
+    def __init__(self, rank: ReceiverRank) -> None:
         self.rank = rank
-        self.world = rank.world
-        self.stall: simpy.Event | None = None
+        self.host = rank.host
+        self.stall: Happening | None = None
         self._endpoints: dict[str, dict[str, int]] = {}
         self._topology: set[str] = set()
         self._asking: dict[str, dict[Entry, int]] = {}
         self._attempts: dict[str, int] = {}
-        self._names: dict[tuple[int, int], list[str]] = {}
+        self._names: dict[tuple[str, int], dict[str, int]] = {}
         self._unanswered: dict[str, dict[Entry, tuple[Resolution, int]]] = {}
         self._asks_again = False
 
@@ -40,10 +39,12 @@ class Finder:
         """Forget what is cached of an engine."""
         self._endpoints.pop(engine, None)
         self._topology.discard(engine)
+        for key in [key for key in self._names if key[0] == engine]:
+            del self._names[key]
 
     def find(self, entry: Entry) -> None:
         """Start the set-up of a receiver."""
-        engine = f"P{entry.request.prefill}"
+        engine = entry.engine
         if engine in self._topology:
             self._resolve(engine, [entry])
         elif engine in self._asking:
@@ -62,7 +63,7 @@ class Finder:
     def _end_unqueued(self, entry: Entry, cause: str) -> None:
         self.rank.deliver("Cleared", entry.incarnation)
         self.rank.by_pair.pop(entry.request.pair, None)
-        self.rank.report_failure(entry.request, cause)
+        self.rank.unqueued_failed(entry, cause)
 
     # -- topology
 
@@ -79,7 +80,7 @@ class Finder:
     def _topology_answered(self, engine: str, attempt: int, status: int | str) -> None:
         if self.rank.is_over():
             return
-        profile = self.world.profile
+        profile = self.host.profile
         asking = {entry: since for entry, since in self._asking.pop(engine).items() if self._is_wanted(entry)}
         if status == 200:
             self._topology.add(engine)
@@ -88,7 +89,7 @@ class Finder:
         waiting = {entry: since for entry, since in asking.items() if not gives_up(profile, attempt - since, attempt)}
         if waiting:
             self._asking[engine] = waiting
-            self.world.after(profile.number("topology_retry_s"), self._ask_topology, engine, attempt + 1)
+            self.host.after(profile.number("topology_retry_s"), self._ask_topology, engine, attempt + 1)
         for entry in asking:
             if entry not in waiting:
                 self._fail(entry, f"topology_{status}")
@@ -103,11 +104,11 @@ class Finder:
 
     def _resolve(self, engine: str, entries: list[Entry]) -> None:
         asking: dict[Entry, Resolution] = {}
-        follows = self.world.topology.follows_room
-        dp_ranks = self.rank.decode_engine.cluster.prefill[int(engine[1:])].dp_ranks
+        plan = self.host.plan(engine)
+        dp_ranks, follows = plan.sizes.dp, plan.follows_room
         for entry in entries:
             facts = (dp_ranks, follows, entry.request.pair[0] % dp_ranks)
-            state, orders = self.world.machines.resolution.step(Resolution(), "TopologyLearned", facts)
+            state, orders = self.host.machines.resolution.step(Resolution(), "TopologyLearned", facts)
             if orders:
                 asking[entry] = state
             else:
@@ -119,7 +120,7 @@ class Finder:
         asking = {entry: state for entry, state in asking.items() if self._is_wanted(entry)}
         if not asking or self.rank.is_over():
             return
-        keys = {entry: entry_key(self.world.profile, entry.request.pair) for entry in asking}
+        keys = {entry: entry_key(self.host.profile, entry.request.pair) for entry in asking}
 
         def answered(status: int | str, body: Any) -> None:
             known = body if status == 200 else {}
@@ -129,12 +130,12 @@ class Finder:
         self._request(engine, "POST /query_dp_ranks", tuple(keys.values()), repeat, answered)
 
     def _dp_rank_answered(self, engine: str, entry: Entry, state: Resolution, rank: int | None, repeat: int) -> None:
-        after, orders = self.world.machines.resolution.step(state, "DpRankAnswered", rank)
+        after, orders = self.host.machines.resolution.step(state, "DpRankAnswered", rank)
         if orders:
             self._unanswered.setdefault(engine, {})[entry] = (after, repeat + 1)
             self._arm_retry()
         else:
-            self.world.mark(self.rank.node, "dp_rank_queried")
+            self.host.mark(self.rank.node, "dp_rank_queried")
             self._fetch(entry, after.rank)
 
     def _arm_retry(self) -> None:
@@ -143,7 +144,7 @@ class Finder:
         """
         if self._unanswered and not self._asks_again:
             self._asks_again = True
-            self.world.after(self.world.profile.number("dp_query_retry_s"), self._ask_again)
+            self.host.after(self.host.profile.number("dp_query_retry_s"), self._ask_again)
 
     def _ask_again(self) -> None:
         """Repeat what one server has not answered, all requests in one batch; the servers take turns."""
@@ -152,7 +153,7 @@ class Finder:
         waiting = self._unanswered.pop(engine)
         asking: dict[Entry, Resolution] = {}
         for entry, (state, _) in waiting.items():
-            after, orders = self.world.machines.resolution.step(state, "RetryDue")
+            after, orders = self.host.machines.resolution.step(state, "RetryDue")
             if orders:
                 asking[entry] = after
         self._query(engine, asking, max(repeat for _, repeat in waiting.values()))
@@ -160,22 +161,22 @@ class Finder:
 
     # -- endpoints
 
-    def _targets(self, entry: Entry, dp: int) -> list[str]:
-        topology, mapping = self.world.topology, self.rank.mapping
-        sizes = topology.prefill.sizes
-        key = (entry.request.prefill, dp)
+    def _targets(self, entry: Entry, dp: int) -> dict[str, int]:
+        """Prefill ranks that this one contacts for a request, by name, and their bits."""
+        key = (entry.engine, dp)
         if key in self._names:
             return self._names[key]
-        names = self._names[key] = [
-            rank_name("P", entry.request.prefill, sizes, dp, pp, tp, cp)
+        sizes, mapping = self.host.plan(entry.engine).sizes, self.rank.mapping(entry.engine)
+        names = self._names[key] = {
+            rank_name(entry.engine, sizes, dp, pp, tp, cp): unique_index(sizes, pp, tp, cp)
             for pp in mapping.pp_ranks for tp in mapping.tp_ranks for cp in mapping.cp_ranks
-        ]  # fmt: skip
+        }  # fmt: skip
         return names
 
     def _fetch(self, entry: Entry, dp: int | None, repeat: int = 0) -> None:
         if not self._is_wanted(entry) or self.rank.is_over() or dp is None:
             return
-        engine = f"P{entry.request.prefill}"
+        engine = entry.engine
         known = self._endpoints.setdefault(engine, {})
         missing = [node for node in self._targets(entry, dp) if node not in known]
         if not missing:
@@ -184,9 +185,11 @@ class Finder:
         node = missing[0]
 
         def answered(status: int | str, body: Any) -> None:
-            if status == 200 and not may_use(self.world.profile, body[node], self._believed_epoch(engine)):
-                self.world.mark(self.rank.node, "stale_route_refused")
-                self.world.after(self.world.profile.number("topology_retry_s"), self._fetch, entry, dp, repeat + 1)
+            if status == 200 and not may_use(
+                self.host.profile, body[node], self.host.believed_epoch(self.rank, engine)
+            ):
+                self.host.mark(self.rank.node, "stale_route_refused")
+                self.host.after(self.host.profile.number("topology_retry_s"), self._fetch, entry, dp, repeat + 1)
             elif status == 200:
                 self._endpoints.setdefault(engine, {})[node] = body[node]
                 self._fetch(entry, dp)
@@ -196,62 +199,50 @@ class Finder:
 
         self._request(engine, "GET /route", node, repeat, answered)
 
-    def _believed_epoch(self, engine: str) -> int | None:
-        """The engine's process epoch as this rank's failure detector last saw it."""
-        detectors = self.rank.decode_engine.detectors
-        return next((d.state.epoch for d in detectors if d.rank is self.rank and d.target == engine), None)
-
-    def _real_tp(self) -> str | None:
+    def _real_tp(self, engine: str) -> str | None:
         """Where others are dummies, the tensor rank that is real."""
-        mapping = self.rank.mapping
+        mapping = self.rank.mapping(engine)
         return f"/tp{mapping.tp_ranks[0]}" if mapping.has_dummies else None
 
     def _finish(self, entry: Entry, dp: int) -> None:
-        from kvpoll.sim.decode import PeerRank
+        from kvpoll.statemachine.ranks.receiver import PeerRank
 
         rank = self.rank
-        known = self._endpoints[f"P{entry.request.prefill}"]
-        ranks = rank.decode_engine.cluster.unique_indices
-        real = self._real_tp()
+        known = self._endpoints[entry.engine]
+        real = self._real_tp(entry.engine)
         peers = tuple(
-            PeerRank(ranks[node], node, known[node], real is not None and not node.endswith(real))
-            for node in self._targets(entry, dp)
+            PeerRank(bit, node, known[node], real is not None and not node.endswith(real))
+            for node, bit in self._targets(entry, dp).items()
         )
         rank.peers[rank.key(entry.incarnation)] = peers
         mask = sum(1 << peer.bit for peer in peers)
-        rank.deliver("RoutesResolved", entry.incarnation, (mask, rank.mapping.responses_required))
+        rank.deliver("RoutesResolved", entry.incarnation, (mask, rank.mapping(entry.engine).responses_required))
         rank.deliver("SetupFinished", entry.incarnation)
-        self._join(entry)
+        self.rank.join(entry)
 
     def _fail(self, entry: Entry, cause: str) -> None:
         """The set-up call of the receiver fails, and then returns; what the return does is a rule (sglang#24772)."""
-        self.world.mark(self.rank.node, "setup_failed")
+        self.host.mark(self.rank.node, "setup_failed")
         self.rank.deliver("RouteUnavailable", entry.incarnation, cause)
         self.rank.deliver("SetupFinished", entry.incarnation)
-        self._join(entry)
-
-    def _join(self, entry: Entry) -> None:
-        if entry.request.rid not in self.rank.entries and self.rank.by_pair.get(entry.request.pair) is entry:
-            self.rank.enqueue(entry)
-            self.rank.group.wake()
+        self.rank.join(entry)
 
     # -- HTTP
 
-    def _request(self, engine: str, route: str, detail: Any, repeat: int, reply: Any) -> None:
+    def _request(self, engine: str, route: str, detail: Any, repeat: int, reply: Reply) -> None:
         """Send one request; under http_calls = "blocking" the scheduler stands still until the answer."""
-        server = self.rank.decode_engine.cluster.server_of(engine)
-        world, began = self.world, self.world.now
-        if world.profile["http_calls"] == "asynchronous" or route.startswith("POST"):
-            server.request(self.rank.node, route, detail, repeat, reply)
+        host, began = self.host, self.host.now
+        if not waits_for_http(host.profile, route):
+            host.request(self.rank.node, engine, route, detail, repeat, reply)
             return
-        stall = self.stall = simpy.Event(world.env)
+        stall = self.stall = host.happening()
 
         def answered(status: int | str, body: Any) -> None:
             if not self.rank.is_over():
-                world.emit(Stalled(world.now, self.rank.node, world.now - began, route))
+                host.emit(Stalled(host.now, self.rank.node, host.now - began, route))
             if self.stall is stall:
                 self.stall = None
             stall.succeed()
             reply(status, body)
 
-        server.request(self.rank.node, route, detail, repeat, answered)
+        host.request(self.rank.node, engine, route, detail, repeat, answered)
