@@ -64,7 +64,8 @@ Epoch = Annotated[int, Meta(ge=0, le=EPOCH_MAX)]
 Blob = Annotated[bytes, Meta(max_length=MESSAGE_BYTES_MAX)]
 Side = Literal["prefill", "decode"]
 
-ENDPOINT: Final = r"^tcp://(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+):[0-9]{1,5}\Z"
+_PORT: Final = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+ENDPOINT: Final = rf"^tcp://(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+):(?:{_PORT})\Z"
 """A sender's word for where to answer is connected to, so it may not name a file, a device or another scheme."""
 Endpoint = Annotated[str, Meta(max_length=270, pattern=ENDPOINT)]
 

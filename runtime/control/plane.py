@@ -70,6 +70,7 @@ CHANNEL_BUSY_S: Final = 10.0
 SENDERS_MAX: Final = 4096
 RECEIVE_LIMIT: Final = 1024
 FRAMES_KEPT: Final = 4
+PORT_MAX: Final = 65_535
 
 RECEIVED_DROPS: Final = (*REASONS, "wrong_target", "unknown_peer", "stale_sender", "duplicate")
 """Of what arrives. wrong_target: for another node, or for another life of this one. unknown_peer: ``known`` denies
@@ -134,7 +135,8 @@ class ControlPlane:
         of the cluster, 1 to 64 bytes; messages that are not sealed with it are dropped. known: whose messages are
         welcome, None for everyone's. on_dropped: called with the reason of each drop (a metric). clock: seconds.
         """
-        _check(node, epoch, token, host, advertise)
+        _check(node, epoch, token)
+        _check_address(node, host, port, advertise)
         self.node = node
         self.epoch = epoch
         self.sent = 0
@@ -182,12 +184,13 @@ class ControlPlane:
         # Up to twice the bound is read, so that a peer's small mistake is counted; beyond it the connection is cut.
         pull.setsockopt(zmq.MAXMSGSIZE, 2 * MESSAGE_BYTES_MAX)
         pull.setsockopt(zmq.HANDSHAKE_IVL, 5_000)
+        pull.setsockopt(zmq.IPV6, ":" in host)
         pull.setsockopt(zmq.BACKLOG, 1024)
         try:
             pull.bind(f"tcp://{_bracketed(host)}:{port or '*'}")
-        except (zmq.ZMQError, OverflowError) as error:
+        except zmq.ZMQError as error:
             pull.close(linger=0)
-            cause = error.strerror if isinstance(error, zmq.ZMQError) else str(error)
+            cause = zmq.strerror(error.errno or 0)
             mend = "choose another port, or 0 for any" if port else "give a host address of this machine"
             raise BadInput(f"{_endpoint(host, port)}: cannot listen here: {cause}; {mend}") from None
         return pull
@@ -479,13 +482,20 @@ def _settle(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
 
 
-def _check(node: str, epoch: int, token: bytes | None, host: str, advertise: str | None) -> None:
+def _check(node: str, epoch: int, token: bytes | None) -> None:
     if not 0 < len(node) <= NAME_CHARS_MAX:
         raise BadInput(f"control plane: node name {node!r} must have 1 to {NAME_CHARS_MAX} characters; shorten it")
     if not 0 <= epoch < 2**63:
         raise BadInput(f"control plane of {node}: epoch {epoch} must have 63 bits; count from 0")
     if token is not None and not 0 < len(token) <= TOKEN_BYTES_MAX:
         raise BadInput(f"control plane of {node}: the token has {len(token)} bytes; give 1 to {TOKEN_BYTES_MAX}")
+
+
+def _check_address(node: str, host: str, port: int, advertise: str | None) -> None:
+    if not 0 <= port <= PORT_MAX:
+        raise BadInput(
+            f"control plane of {node}: port {port} does not exist; choose one up to {PORT_MAX}, or 0 for any"
+        )
     if host in ("0.0.0.0", "::", "*") and advertise is None:
         raise BadInput(f"control plane of {node}: host {host} is no address to answer to; say which one to advertise")
     if not _is_endpoint(_endpoint(advertise or host, 1)):
