@@ -48,8 +48,8 @@ class EngineTransport:
     engine may hold at once for one peer.
     """
 
-    name: ClassVar[str]
-    caps: ClassVar[Caps]
+    name: str
+    caps: Caps
     form: ClassVar[type[msgspec.Struct]]
     part_ranges: int = 1024
     part_bytes: int = 64 << 20
@@ -83,11 +83,19 @@ class EngineTransport:
     def _shut(self) -> None:
         """End the engine; nothing is with it any more."""
 
+    def _space_of(self, regions: Sequence[Region]) -> Space:
+        return Space([(region.address, region.nbytes) for region in regions])
+
     def _plan(self, copies: Copies, peer: Peer) -> Plan:
         return plan(copies, self._space, peer.space)
 
-    def _cut(self, ranges: Plan) -> Iterator[Plan]:
+    def _cut(self, ranges: Plan) -> Iterator[Any]:
         return cut(ranges, self.part_ranges, self.part_bytes)
+
+    @property
+    def own_space(self) -> Space:
+        """This process's offset space; empty before ``register``."""
+        return self._space
 
     # --- the interface of transports --------------------------------------------------------------
 
@@ -107,7 +115,7 @@ class EngineTransport:
             if region.nbytes <= 0 or region.address <= 0:
                 raise TransportError(f"{self.name}: region {place} has {region.nbytes} bytes at {region.address:#x}")
         descriptor = seal(self.name, self._export(regions))
-        self._regions, self._space = regions, Space([(region.address, region.nbytes) for region in regions])
+        self._regions, self._space = regions, self._space_of(regions)
         self._descriptor = descriptor
         return descriptor
 
@@ -116,11 +124,7 @@ class EngineTransport:
         known = self._peers.get(node)
         if known is not None and known.epoch == epoch and self._descriptors.get((node, epoch)) == descriptor:
             return known
-        body: Any = unseal(self.name, descriptor, self.form)
-        if (body.node, body.epoch) != (node, epoch):
-            raise TransportError(
-                f"{self.name}: the descriptor is of {body.node} epoch {body.epoch}, not of {node} epoch {epoch}"
-            )
+        body: Any = unseal(self.name, descriptor, self.form, node, epoch)
         peer = Peer(node, epoch, Space([(address, nbytes) for address, nbytes in body.regions]))
         peer.lane = Lane(self._book, self._carrier(body, peer), f"{self.name}-to-{node}", self.depth)
         if known is not None and known.epoch > epoch:

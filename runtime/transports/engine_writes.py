@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, Protocol
 
-from kvpoll.runtime.transports.gather_scatter import Plan
 from kvpoll.runtime.transports.interface import DONE, PENDING, Progress, Tag, Wake
 
 PAUSE_MIN_S: Final = 0.0001
@@ -49,13 +48,18 @@ class Carrier(Protocol):
         """Before the first part. Raises Refused when the peer cannot be used at all."""
         ...
 
-    def begin(self, part: Plan, tag: Tag) -> Any:
-        """Give the engine one part and return its ticket. May block. Raises Refused, Broken, or what the engine
-        raises, which counts as Broken."""
+    def begin(self, part: Any, tag: Tag) -> Any:
+        """Give the engine one part, as ``Lane.put`` was given it, and return its ticket. May block. Raises
+        Refused, Broken, or what the engine raises, which counts as Broken."""
         ...
 
     def landed(self, ticket: Any) -> bool:
-        """Is the part placed, every byte, for certain? Does not block. Whatever it raises counts as Broken."""
+        """Is the part placed, every byte, for certain? Does not block. Raises Refused when it is not, but is proven
+        to be at rest; whatever else it raises counts as Broken."""
+        ...
+
+    def give_up(self, ticket: Any) -> None:
+        """The write has failed while the engine holds this part: ask for its end, if that can be asked. Once."""
         ...
 
     def close(self) -> None:
@@ -68,7 +72,7 @@ class Write:
 
     __slots__ = ("begun_all", "deadline", "forgotten", "handle", "moving", "parts", "reason", "state", "tag", "unsure")
 
-    def __init__(self, handle: int, tag: Tag, parts: Iterator[Plan], deadline: float) -> None:
+    def __init__(self, handle: int, tag: Tag, parts: Iterator[Any], deadline: float) -> None:
         self.handle = handle
         self.tag = tag
         self.parts = parts
@@ -121,7 +125,7 @@ class WriteBook:
         with self.lock:
             return self._unsettled
 
-    def enter(self, tag: Tag, parts: Iterable[Plan]) -> Write:
+    def enter(self, tag: Tag, parts: Iterable[Any]) -> Write:
         """A new write that is pending. Its deadline runs from now."""
         with self.lock:
             write = Write(next(self._numbers), tag, iter(parts), time.monotonic() + self.deadline_s)
@@ -177,7 +181,7 @@ class WriteBook:
             if write is not None:
                 write.forgotten = True
 
-    def take_part(self, write: Write) -> Plan | None:
+    def take_part(self, write: Write) -> Any:
         """The next part, counted as begun, or None when none may be begun any more."""
         with self.lock:
             if write.state != "pending" or write.begun_all:
@@ -242,6 +246,17 @@ class WriteBook:
             self.fail([write], f"not placed after {self.deadline_s:g} s")
 
 
+class _Flight:
+    """A part that the engine holds."""
+
+    __slots__ = ("given_up", "ticket", "write")
+
+    def __init__(self, write: Write, ticket: Any) -> None:
+        self.write = write
+        self.ticket = ticket
+        self.given_up = False
+
+
 class Lane:
     """The writes to one peer, in the order posted, and the thread that carries them.
 
@@ -257,14 +272,14 @@ class Lane:
         """Why nothing is begun for this peer any more: it was retired, or could not be opened."""
         self._name = name
         self._waiting: deque[Write] = deque()
-        self._flying: list[tuple[Write, Any]] = []
+        self._flying: list[_Flight] = []
         self._lost = False
         """Did the engine break off a part? Then it may still be at work on it, for ever."""
         self.thread: threading.Thread | None = None
         with book.lock:
             book.lanes.append(self)
 
-    def put(self, tag: Tag, parts: Iterable[Plan]) -> int:
+    def put(self, tag: Tag, parts: Iterable[Any]) -> int:
         """Queue a write; its handle."""
         with self.book.lock:
             reason = self.over or ("the transport is closed" if self.book.closed else None)
@@ -284,7 +299,7 @@ class Lane:
             if self.over is not None:
                 return
             self.over = reason
-            writes = [*self._waiting, *(write for write, _ in self._flying)]
+            writes = [*self._waiting, *(flight.write for flight in self._flying)]
             self._waiting.clear()
             self.changed.notify()
         self.book.fail(writes, reason)
@@ -292,8 +307,13 @@ class Lane:
     def drop(self, room: Any, reason: str) -> None:
         """Fail the writes of one incarnation that are not over yet."""
         with self.book.lock:
-            held = [*self._waiting, *(write for write, _ in self._flying)]
+            held = [*self._waiting, *(flight.write for flight in self._flying)]
         self.book.fail([write for write in held if write.tag.incarnation == room], reason)
+
+    def nudge(self) -> None:
+        """Something that the carrier was waiting for has come: look now."""
+        with self.book.lock:
+            self.changed.notify()
 
     def _carry(self) -> None:
         try:
@@ -324,7 +344,7 @@ class Lane:
 
     def _rest(self, pause: float) -> float:
         with self.book.lock:
-            lost = all(write.state != "pending" for write, _ in self._flying)
+            lost = all(flight.write.state != "pending" for flight in self._flying)
             if self._flying and not self.book.closed:
                 self.changed.wait(max(pause, PAUSE_LOST_S) if lost else pause)
         return min(2 * pause, PAUSE_MAX_S)
@@ -333,7 +353,7 @@ class Lane:
         """Give the engine the next part of the first write that has one, if it may hold one more."""
         with self.book.lock:
             # What a failed write left in flight must not keep the peer's later writes waiting.
-            live = sum(1 for write, _ in self._flying if write.state == "pending")
+            live = sum(1 for flight in self._flying if flight.write.state == "pending")
             if not self._waiting or live >= self.depth:
                 return False
             write = self._waiting[0]
@@ -352,25 +372,29 @@ class Lane:
             self.book.part_over(write, _line(error), unsure=True)
         else:
             with self.book.lock:
-                self._flying.append((write, ticket))
+                self._flying.append(_Flight(write, ticket))
         return True
 
     def _look(self) -> bool:
         """Which parts have landed? True if any is over."""
         still = []
-        moved = False
-        for write, ticket in self._flying:
+        for flight in self._flying:
             try:
-                landed = self.carrier.landed(ticket)
+                if flight.write.state == "failed" and not flight.given_up:
+                    flight.given_up = True
+                    self.carrier.give_up(flight.ticket)
+                landed = self.carrier.landed(flight.ticket)
+            except Refused as error:
+                self.book.part_over(flight.write, _line(error), unsure=False)
             except Exception as error:
                 self._lost = True
-                self.book.part_over(write, _line(error), unsure=True)
+                self.book.part_over(flight.write, _line(error), unsure=True)
             else:
                 if not landed:
-                    still.append((write, ticket))
+                    still.append(flight)
                     continue
-                self.book.part_over(write, None, unsure=False)
-            moved = True
+                self.book.part_over(flight.write, None, unsure=False)
+        moved = len(still) < len(self._flying)
         with self.book.lock:
             self._flying = still
         return moved

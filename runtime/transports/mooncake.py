@@ -151,6 +151,10 @@ class _Batches:
         del ticket
         return True
 
+    def give_up(self, ticket: Any) -> None:
+        """There is no cancel; the batch is over already."""
+        del ticket
+
     def close(self) -> None:
         """Sessions end with the engine."""
 

@@ -141,10 +141,6 @@ class NixlTransport(EngineTransport):
             return None
         return size
 
-    @property
-    def space(self) -> Space:
-        return self._space
-
     def _shut(self) -> None:
         with self.agent_lock:
             if self._registered is not None:
@@ -204,6 +200,10 @@ class _Transfers:
             raise Broken("nixl: the transfer ended with ERR")
         return False
 
+    def give_up(self, ticket: Any) -> None:
+        """Nothing: a release is a cancel that lets the bytes land, and takes away the handle that could say DONE."""
+        del ticket
+
     def close(self) -> None:
         """Forget the remote agent and the lists that were prepared for it."""
         agent = self.transport.agent
@@ -219,7 +219,7 @@ class _Transfers:
         size = self.transport.page_bytes(part, self.space)
         if size is not None:
             mine, local, theirs, remote = self._lists(size)
-            sources = mine.cells(self.transport.space, part.source, part.source_region)
+            sources = mine.cells(self.transport.own_space, part.source, part.source_region)
             targets = theirs.cells(self.space, part.target, part.target_region)
             return agent.make_prepped_xfer("WRITE", local, sources, remote, targets)
         local = agent.get_xfer_descs(_rows(part.source, part.nbytes, self.transport.device), self.transport.memory)
@@ -234,7 +234,7 @@ class _Transfers:
                 _, local, _, remote = self._prepared.pop(next(iter(self._prepared)))
                 agent.release_dlist_handle(local)
                 agent.release_dlist_handle(remote)
-            mine, theirs = grid(transport.space, size), grid(self.space, size)
+            mine, theirs = grid(transport.own_space, size), grid(self.space, size)
             self._prepared[size] = (
                 mine,
                 agent.prep_xfer_dlist(
