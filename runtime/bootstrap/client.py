@@ -49,7 +49,9 @@ class BootstrapClient:
         self.address = _checked(address)
         self.profile = profile
         self._timeout_s = profile.number("http_timeout_s")
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._headers = {"Accept-Encoding": "identity"}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token}"
         self._given = session
         self._own = threading.local()
         self._sessions: list[requests.Session] = []
@@ -130,11 +132,10 @@ class BootstrapClient:
                 timeout=self._timeout_s, stream=True, allow_redirects=False,
             ) as response:  # fmt: skip
                 body = _read_until(response, end_s)
-        except (requests.Timeout, TimeoutError):
+        except (requests.Timeout, ReadTimeoutError, TimeoutError):
             return Reply("timeout")
-        except requests.ConnectionError as error:
-            slow = bool(error.args) and isinstance(error.args[0], ReadTimeoutError)
-            return Reply("timeout" if slow else "refused")
+        except requests.ConnectionError:
+            return Reply("refused")
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             return Reply(NOT_AN_ANSWER, f"not an answer of a bootstrap server: {_line(str(error))}")
         if response.status_code != 200:
@@ -181,7 +182,9 @@ def _query(place: Coordinate) -> dict[str, Any]:
 def _read_until(response: requests.Response, end_s: float) -> bytes:
     """The body. Raises TimeoutError when it is not complete in time, ValueError when it is too long."""
     body = bytearray()
-    for part in response.iter_content(1 << 16):
+    # read1 returns what has come; read would wait for a full part, and each byte of a dripping server would renew
+    # the time limit of the socket. The body is taken as it is: we said that we accept no encoding.
+    while part := response.raw.read1(1 << 16, decode_content=False):
         body += part
         if len(body) > ANSWER_BYTES_MAX:
             raise ValueError(f"an answer of more than {ANSWER_BYTES_MAX} bytes")

@@ -221,9 +221,7 @@ def test_a_lone_rank_with_other_sizes_is_still_bound_by_its_epoch() -> None:
         ("decode_allocation_policy", "prefill_complete", 400, "Inconsistent prefill allocation policies: P1 at"),
     ],
 )
-def test_a_rank_of_another_engine_is_refused_and_both_are_named(
-    field: str, value: Any, status: int, told: str
-) -> None:
+def test_a_rank_of_another_engine_is_refused_and_both_are_named(field: str, value: Any, status: int, told: str) -> None:
     with server() as target:
         put(target, rank(0, rank_name="P0", kv_layout="packed"))
         refusal = put(target, rank(1, **{field: value, "rank_name": "P1"}))
@@ -364,7 +362,9 @@ def test_a_taken_port_and_a_foreign_address_are_one_line_and_leave_nothing() -> 
     threads = threading.active_count()
     with server() as target:
         taken = BootstrapServer(PROTOCOL, REFERENCE, port=target.port)
-        with pytest.raises(BadInput, match=rf"^127.0.0.1:{target.port}: cannot be listened on: .*; choose another port"):
+        with pytest.raises(
+            BadInput, match=rf"^127.0.0.1:{target.port}: cannot be listened on: .*; choose another port"
+        ):
             taken.start()
     for host in ("192.0.2.1", "no such host", "", "a" * 300):
         with pytest.raises(BadInput, match=r"cannot be listened on|is not an address or name of this machine"):
