@@ -13,7 +13,9 @@ ROW = AuxRow(room=2**63 - 1, attempt=3, first_token=128_009, prompt_tokens=4097,
 COUNTS = st.integers(0, 2**64 - 1)
 
 
-@given(st.builds(AuxRow, COUNTS, COUNTS, st.integers(-(2**63), 2**63 - 1), COUNTS, COUNTS, COUNTS), st.binary(max_size=64))
+@given(
+    st.builds(AuxRow, COUNTS, COUNTS, st.integers(-(2**63), 2**63 - 1), COUNTS, COUNTS, COUNTS), st.binary(max_size=64)
+)
 def test_a_row_comes_back_from_a_longer_one(row: AuxRow, beyond: bytes) -> None:
     assert unpack(pack(row) + beyond) == row
 

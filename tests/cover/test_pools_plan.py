@@ -89,7 +89,9 @@ def memory_of(layout: Layout, prompt: list[int]) -> NDArray[np.int32]:
         for number, page in enumerate(prompt):
             start = layout.page_offset(layer, part, page) // 4
             view = memory[start : start + layout.page_bytes // 4].reshape(layout.page_shape)
-            for head, token, dim in product(range(layout.local_heads), range(layout.page_tokens), range(layout.head_dim)):
+            for head, token, dim in product(
+                range(layout.local_heads), range(layout.page_tokens), range(layout.head_dim)
+            ):
                 place = (head, token, dim) if layout.order == "HND" else (token, head, dim)
                 view[place] = element(layer, part, number, layout.first_head + head, token, dim)
     return memory
@@ -160,7 +162,9 @@ def test_pages_are_not_joined_across_planes() -> None:
 
 
 @pytest.mark.parametrize("order, ranges, size", [("NHD", 4 * 4, 4 * 4), ("HND", 4, 4 * 4 * 4)])
-def test_a_slice_of_heads_is_a_piece_a_token_or_one_piece_where_heads_come_first(order: str, ranges: int, size: int) -> None:
+def test_a_slice_of_heads_is_a_piece_a_token_or_one_piece_where_heads_come_first(
+    order: str, ranges: int, size: int
+) -> None:
     """Two ranks with four heads each write to one with eight: per token and plane, or per plane."""
     half, whole = (replace(ONE, order=order, tp_size=size) for size in (2, 1))  # type: ignore[arg-type]
     plan = copies(half, whole, [1], [2])

@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -62,16 +63,33 @@ def test_pages_and_rows_lie_where_the_layout_says() -> None:
     assert not pool.get(3, "k", 4).any() and pool.get(3, "k", 3).all()
 
 
-def test_views_are_the_memory_and_outlive_the_pool() -> None:
+def test_views_are_the_memory() -> None:
     pool = KVPool.on_host(LAYOUT)
     page, row = pool.page_view(2, "v", 1), pool.row_view(0)
     page[:] = 7
     row[:2] = 9
     assert pool.get(2, "v", 1).tolist() == [7] * LAYOUT.page_bytes
     assert pool.get_row(0)[:3] == b"\x09\x09\x00"
-    del pool
+
+
+class Watched(np.ndarray):  # type: ignore[type-arg]
+    """Memory whose end can be seen."""
+
+
+def test_memory_lives_as_long_as_a_view_of_it() -> None:
+    block = np.zeros(LAYOUT.total_bytes + ALIGNMENT, dtype=np.uint8).view(Watched)
+    last = weakref.ref(block)
+    pool = KVPool.on_host(
+        LAYOUT, Region(block.ctypes.data + -block.ctypes.data % ALIGNMENT, LAYOUT.total_bytes, "host", block)
+    )
+    page = pool.page_view(2, "v", 1)
+    del pool, block
     gc.collect()
-    assert page.sum() == 7 * LAYOUT.page_bytes
+    assert last() is not None
+    page[:] = 7
+    del page
+    gc.collect()
+    assert last() is None
 
 
 @pytest.fixture
@@ -98,7 +116,10 @@ def test_a_pool_in_given_memory_writes_through_to_the_file(shared: Region) -> No
 @pytest.mark.parametrize(
     "change, problem",
     [
-        ({"nbytes": 100}, "KV pool: 100 bytes are too few for the layout, which takes 2752; give more memory, or fewer than 5 pages"),
+        (
+            {"nbytes": 100},
+            "KV pool: 100 bytes are too few for the layout, which takes 2752; give more memory, or fewer than 5 pages",
+        ),
         ({"address": 4097}, "KV pool: address 0x1001 is not aligned to 64 bytes"),
         ({"kind": "cuda"}, "KV pool: a cuda region cannot be a pool in host memory; use on_cuda or adopt"),
     ],
@@ -131,7 +152,7 @@ def test_without_torch_the_host_pool_works_and_tensors_name_what_is_missing(monk
     monkeypatch.setitem(sys.modules, "torch", None)
     pool = KVPool.on_host(LAYOUT)
     write_everywhere(pool)
-    with pytest.raises(BadInput, match="tensors need torch, which cannot be imported .*; pip install torch"):
+    with pytest.raises(BadInput, match=r"tensors need torch, which cannot be imported .*; pip install torch"):
         pool.tensors()
     with pytest.raises(BadInput, match="pip install torch"):
         KVPool.on_cuda(LAYOUT)

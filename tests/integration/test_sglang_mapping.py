@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from kvpoll.runtime.pools.layout import Layout
+from kvpoll.runtime.pools.plan import share
 from kvpoll.statemachine.mapping import Sizes, map_ranks
 
 HERE = Path(__file__).parent
@@ -120,3 +122,29 @@ def test_every_rank_of_every_topology_is_mapped_or_refused_alike(sglang_python: 
     ]
     assert different == []
     assert {"refused": True} in found and len(questions) > 20_000
+
+
+def every_pair() -> list[list[int]]:
+    """Each prefill rank with each decode rank that contacts it, for TP up to 16 and up to 16 KV heads."""
+    questions = []
+    for ptp, dtp, heads in product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)):
+        for rank in range(dtp):
+            contacted = map_ranks(Sizes(tp=ptp), Sizes(tp=dtp), rank).tp_ranks
+            questions += [[ptp, dtp, source, rank, heads] for source in contacted]
+    return questions
+
+
+def test_each_pair_of_ranks_shares_the_heads_that_sglang_slices(sglang_python: str) -> None:
+    """Ours differ in one thing only: copies of one head divide the tokens of a page, so that each byte has one writer."""
+    questions = every_pair()
+    page_tokens = 16
+    for question, theirs in zip(questions, answers(sglang_python, "slices.py", questions), strict=True):
+        ptp, dtp, source, target, heads = question
+        part = share(
+            Layout((0,), 1, page_tokens, heads, 8, tp_size=ptp, tp_rank=source),
+            Layout((0,), 1, page_tokens, heads, 8, tp_size=dtp, tp_rank=target),
+        )
+        assert part is not None, question
+        assert [part.source_head, part.heads, part.target_head] == theirs, question
+        copies_of_head = max(1, ptp // max(heads, dtp))
+        assert part.tokens == page_tokens // copies_of_head, question
