@@ -7,6 +7,7 @@ or subtracted: encoding, both queues, loopback TCP, decoding and all checks of b
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 import time
@@ -90,7 +91,8 @@ class _Far:
             [sys.executable, "-P", "-m", "kvpoll.runtime.control.measure"], stdout=subprocess.PIPE, text=True
         )
         assert self._process.stdout is not None
-        self._endpoint = self._process.stdout.readline().strip()
+        ready, _, _ = select.select([self._process.stdout], [], [], ANSWER_S)
+        self._endpoint = self._process.stdout.readline().strip() if ready else ""
 
     def __enter__(self) -> _Far:
         if not self._endpoint:

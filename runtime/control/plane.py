@@ -22,7 +22,8 @@ its predecessor.
 Limits. All tables are bounded (R2). ZeroMQ's own queues hold ``queue_messages`` of at most twice
 ``MESSAGE_BYTES_MAX`` for each connection; how many connections a stranger may open, and how many frames he may
 put into one message that he never ends, ZeroMQ does not bound. So a plane listens on loopback unless told otherwise,
-and beyond it belongs behind a network that is trusted. Without a token anyone may speak under any name.
+and beyond it belongs behind a network that is trusted. Without a token anyone may speak under any name. Host names
+are resolved by ZeroMQ's one I/O thread, where a slow name server delays every channel: advertise addresses.
 """
 
 from __future__ import annotations

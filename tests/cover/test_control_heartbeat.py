@@ -178,6 +178,17 @@ def test_a_callback_may_unwatch_whom_it_hears_of() -> None:
     assert max(t for t, _, _ in watcher.asked) == 104.0  # before the third miss; nobody was asked after it
 
 
+def test_a_callback_may_unwatch_somebody_else() -> None:
+    """P0 is suspected, and whoever hears of it gives up P1 too, which was to be judged in the same round."""
+    watcher = Watcher()
+    watcher.beats._on_suspected = lambda node: watcher.beats.unwatch("P1")
+    watcher.beats.watch("P1")
+    watcher.alive.clear()
+    watcher.run(6)
+    assert (watcher.state("P0"), watcher.beats.state_of("P1")) == ("Lost", None)
+    assert [node for t, node, _ in watcher.asked if t == 106.0] == ["P0"]
+
+
 # --- the watcher's own sleep ----------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvpoll.runtime.control.heartbeat import Heartbeats
-from kvpoll.runtime.control.measure import Figures, measure
+from kvpoll.runtime.control.measure import Figures, MeasurementFailed, measure
 from kvpoll.runtime.control.messages import Command, Goodbye, Missed, Ping, Pong, Reply, Step
 from kvpoll.runtime.control.plane import CALL_BOUND_S, CLOSE_BOUND_S, ControlPlane
 from kvpoll.spec.protocol import load
@@ -328,3 +328,9 @@ def test_the_measurement_measures_and_loses_nothing() -> None:
     assert figures.status_per_s > 0 < figures.metadata_per_s
     assert 0 < figures.round_trip_us_p50 <= figures.round_trip_us_p99
     assert figures.status_bytes < figures.metadata_bytes < 1000
+
+
+def test_a_measurement_without_its_far_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(MeasurementFailed, match="ended with status 1 before it listened"):
+        measure(messages=10, round_trips=1)
