@@ -43,7 +43,7 @@ _UNREADABLE: Final = (-1, -1)
 
 
 def fill(pool: KVPool, page: int, tag: PageTag) -> None:
-    """Write the pattern of ``tag`` to one page of every plane: all that this prefill rank keeps of it. Several GB/s.
+    """Write the pattern of ``tag`` to one page of every plane: all that this prefill rank keeps of it.
 
     tag.source is the name of the rank whose pool this is. Raises BadInput when the page is outside the pool, the tag
     does not fit into a record, or the layout's heads are not a multiple of 8 bytes.
