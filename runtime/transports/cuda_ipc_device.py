@@ -228,6 +228,10 @@ class CudaDevice:
         """``cudaEventQuery``; a sticky CUDA error is raised."""
         return bool(ticket[0].query())
 
+    def prove_kernel(self) -> None:
+        """Compile the kernel now, not with the first copy. Raises what goes wrong if it was asked for by name."""
+        self._settle_kernel()
+
     def _settle_kernel(self) -> None:
         """Compile the kernel with a copy of 16 bytes, once, and decide by its result."""
         with self._settled:

@@ -38,13 +38,15 @@ def load_engine(module: str, extra: str) -> ModuleType:
 
 
 def cause_and_mend(error: Exception, module: str, extra: str) -> str:
-    """Why an import failed and what to do about it, in one line."""
-    if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
-        return f"{error.name} is not installed; pip install 'kvpoll[{extra}]'"
+    """Why an import failed and what to do about it, in one line. ``extra`` is "" where none of kvpoll's brings it."""
+    top = module.partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and error.name in (top, module):
+        mend = f"pip install 'kvpoll[{extra}]'" if extra else f"pip install {top}"
+        return f"{top} is not installed; {mend}"
     said = " ".join(str(error).split())
     found = _SONAME.search(said)
     if found is None:
-        return f"{module} cannot be imported: {said}; reinstall it: pip install --force-reinstall 'kvpoll[{extra}]'"
+        return f"{module} cannot be imported: {said}; reinstall the package that it comes with"
     return f"the shared library {found[1]} is missing; {library_mend(found[1])}"
 
 
