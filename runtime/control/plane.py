@@ -266,6 +266,11 @@ class ControlPlane:
         """Endpoints to which a socket is open."""
         return tuple(self._channels)
 
+    def serial_of(self, endpoint: str) -> int:
+        """The serial of the last message that was sent to an endpoint, 0 before the first; for a trace."""
+        channel = self._channels.get(endpoint)
+        return self._serials.get(endpoint, 0) if channel is None else channel.serial
+
     # -- sending
 
     def send(self, endpoint: str, node: str, epoch: int | None, message: Message) -> bool:

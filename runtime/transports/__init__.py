@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, Final
 
-from kvpoll.runtime.transports.interface import Death, Transport, Wake
+from kvpoll.runtime.transports.interface import Death, Region, Transport, Wake
 from kvpoll.spec.source import BadInput, nearest
 
 NAMES: Final = ("memory", "shm", "tcp", "mooncake", "nixl", "cuda_ipc")
@@ -40,6 +40,13 @@ def make(name: str, node: str, epoch: int, wake: Wake, on_death: Death, **option
             raise BadInput(f"the transport {name} has no option {option!r}{nearest(option, known)}")
     transport: Transport = made(node, epoch, wake, on_death, **options)
     return transport
+
+
+def allocate(name: str, nbytes: int) -> Region | None:
+    """Memory that this transport can share with other processes; None where any memory will do."""
+    made = getattr(import_module(f"kvpoll.runtime.transports.{_HOMES[name][0]}"), "allocate", None)
+    region: Region | None = made(nbytes) if made is not None else None
+    return region
 
 
 def _options(made: type) -> list[str]:

@@ -233,8 +233,8 @@ class DecodeRank(ReceiverRank):
     def _commit(self, entry: Entry) -> None:
         """The transfer is over: the request starts to decode from its pages."""
         host, own = self.host, entry.incarnation
-        contents = tuple([self.kv.contents[page].copy() for page in entry.pages])
         components = tuple(peer.node for peer in self.peers.get(self.key(own), ()) if not peer.dummy)
+        contents = tuple([self.kv.read(page, components) for page in entry.pages])
         row_pair = self.row_owners[entry.row] if entry.row >= 0 else None
         host.emit(Committed(host.now, self.node, own, components, contents, row_pair))
         self._move(entry, "TransferAgreed")

@@ -58,3 +58,12 @@ class Pool:
         """Keep the pages out of use until the writer is proven quiet."""
         if incarnation.pair in self.held:
             self.quarantined.add(incarnation.pair)
+
+    def read(self, page: int, components: tuple[str, ...]) -> dict[str, PageTag]:
+        """What a page holds of each component (prefill rank) that should have filled its share."""
+        return self.contents[page].copy()
+
+    def computed(
+        self, incarnation: Incarnation, component: str, chunk: int, first: int, pages: tuple[int, ...]
+    ) -> None:
+        """The forward pass has filled these source pages; a pool with real memory has something to do then."""

@@ -70,7 +70,7 @@ class PrefillRank(SenderRank):
         self.stage_reports: list[dict[str, Report]] = [{} for _ in range(engine.shape.sizes.pp)]
         self.agreed: tuple[str, ...] = ()
         self.step_number = 0
-        self._mail |= {
+        self.mail |= {
             "StageStatus": self.receive_stage_status,
             "Step": self.receive_step,
             "Agreed": self.receive_agreed,
@@ -365,10 +365,11 @@ class PrefillRank(SenderRank):
         host, page_tokens = self.host, self.host.topology.page_tokens
         entry.computed = work.first + work.tokens
         chunk, entry.chunk = entry.chunk, entry.chunk + 1
+        first = work.first // page_tokens
+        pages = entry.pages[first : -(-entry.computed // page_tokens)]
+        self.kv.computed(entry.incarnation, self.component, chunk, first, pages)
         host.emit(new_event(Computed, (host.now, self.node, entry.incarnation, chunk)))
-        if self.poll(entry) in ("WaitingForInput", "Transferring") and entry.pages:
-            first = work.first // page_tokens
-            pages = entry.pages[first : -(-entry.computed // page_tokens)]
+        if pages and self.poll(entry) in ("WaitingForInput", "Transferring"):
             self.post(entry, chunk, first, pages, work.last)
         if work.last:
             self._move(entry, "ForwardFinished")

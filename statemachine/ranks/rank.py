@@ -100,7 +100,7 @@ class Rank:
         self.over = False
         self.chance = self.host.chance(f"{node}/{engine.epoch}")
         self.pace = 1.0 + self.chance.uniform(0.0, engine.shape.skew)
-        self._mail: dict[str, Callable[..., None]] = {}
+        self.mail: dict[str, Callable[..., None]] = {}
         self._actions: dict[str, Callable[[Action, Any], None]] = {
             "ArmDeadline": lambda action, origin: self.timers.arm(action.incarnation, action.detail),
             "CancelDeadline": lambda action, origin: self.timers.cancel(action.incarnation, action.detail),
@@ -110,7 +110,7 @@ class Rank:
 
     def receive(self, message: str, incarnation: Incarnation, *arguments: Any) -> None:
         """A control message arrived from another rank; what comes after the first word is for people to read."""
-        self._mail[message.partition(" ")[0]](incarnation, *arguments)
+        self.mail[message.partition(" ")[0]](incarnation, *arguments)
 
     def deliver(self, kind: str, incarnation: Incarnation, detail: Any = None, origin: Any = None) -> bool:
         """Offer a fact to its room and carry out what the machine orders. False when the fact was illegal."""

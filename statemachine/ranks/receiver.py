@@ -61,7 +61,7 @@ class ReceiverRank(Rank):
         self.by_pair: dict[tuple[int, int], Entry] = {}
         self.finder = Finder(self)
         self._mappings: dict[Plan, Mapping] = {}
-        self._mail |= {"Status": self.receive_status, "AbortAck": self.receive_ack}
+        self.mail |= {"Status": self.receive_status, "AbortAck": self.receive_ack}
         self._actions |= {
             "NotifyPrefill": self._notify_prefill,
             "SendMetadata": lambda action, origin: self._send_metadata(action.incarnation),

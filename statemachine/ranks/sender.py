@@ -47,7 +47,7 @@ class SenderRank(Rank):
         self.askers: dict[tuple[int, ...], dict[int, tuple[str, Incarnation]]] = {}
         self.by_pair: dict[tuple[int, int], Entry] = {}
         self.registration = Registration()
-        self._mail |= {"Metadata": self.receive_metadata, "Abort": self.receive_abort}
+        self.mail |= {"Metadata": self.receive_metadata, "Abort": self.receive_abort}
         self._actions |= {
             "NotifyDecode": self._notify_decode,
             "AnswerDecode": self._answer_decode,

@@ -1,0 +1,77 @@
+"""A bootstrap server as a process of its own, which can be told to be slow or to answer with errors."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from kvpoll.runtime.bootstrap import BootstrapServer
+from kvpoll.runtime.cluster.config import ServerConfig
+from kvpoll.runtime.cluster.process import LAUNCHER, Station
+from kvpoll.runtime.control import messages as wire
+
+
+class StagedServer(BootstrapServer):
+    """A bootstrap server whose requests can be held up, or answered with an error, before it sees them."""
+
+    before: Callable[[], tuple[float, int | None]] = staticmethod(lambda: (0.0, None))
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        wait_s, status = self.before()
+        if wait_s:
+            await asyncio.sleep(wait_s)
+        if status is not None:
+            return web.Response(status=status, text="staged")
+        return await super()._guard(request, handler)
+
+
+class ServerProcess:
+    """The server, and the launcher's commands."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.station = station = Station(config)
+        self.slow_s = 0.0
+        self.error_share = 0.0
+        self.server = StagedServer(
+            station.protocol, station.profile, port=config.port, epoch=config.epoch, emit=self._emit,
+            node=config.node, now=lambda: station.loop.now,
+        )  # fmt: skip
+        self.server.before = self._before
+        station.tell_launcher("hello")
+
+    def _emit(self, event: Any) -> None:
+        """From the server's thread; a trace is written line by line."""
+        self.station.record(event)
+
+    def _before(self) -> tuple[float, int | None]:
+        """Before a request is handled: how long to wait (wall seconds), and a status to answer instead."""
+        fails = self.error_share and random.random() < self.error_share
+        return self.slow_s / self.station.loop.speed, 500 if fails else None
+
+    def _receive(self) -> None:
+        for envelope, message in self.station.plane.receive():
+            if envelope.node != LAUNCHER or not isinstance(message, wire.Command):
+                continue
+            content = msgspec.json.decode(message.payload)
+            if message.kind == "begin":
+                self.station.loop.origin = content["origin"]
+                self.server.start()
+            elif message.kind == "quit":
+                self.station.loop.stop()
+            elif message.kind == "disturb":
+                self.slow_s, self.error_share = content["slow_s"], content["error_share"]
+
+    def run(self) -> None:
+        """Serve until the launcher says quit, or SIGTERM."""
+        try:
+            self.station.loop.run(self._receive)
+        finally:
+            self.server.close()
+            self.station.close()

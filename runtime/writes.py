@@ -1,0 +1,166 @@
+"""The writes of one prefill rank: from an order to write pages, through a transport, to what became of it.
+
+A transport says three things of a write (``transports.interface``), and this hands them on one by one: "completed";
+or "failed", and perhaps much later "settled", when it is proven that no byte moves any more. What never settles stays
+here, and with it the source memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from kvpoll.runtime.pools import aux_row
+from kvpoll.runtime.pools.layout import Layout
+from kvpoll.runtime.pools.plan import aux_copy, copies
+from kvpoll.runtime.transports.interface import Copies, Tag, Transport, TransportError
+from kvpoll.spec.source import BadInput
+from kvpoll.spec.trace import WriteLanded, WritePosted, WriteSettled
+from kvpoll.statemachine.ranks.host import Destination
+
+if TYPE_CHECKING:
+    from kvpoll.runtime.host import Host
+    from kvpoll.runtime.pools.pool import KVPool
+
+Done = Callable[[str], None]
+_log = logging.getLogger("kvpoll.runtime")
+
+
+class _Write(NamedTuple):
+    """One write: its number in the trace, where it goes, its aux row here (or None), and who wants to know."""
+
+    serial: int
+    destination: Destination
+    pages: tuple[int, ...]
+    row: int | None
+    nbytes: int
+    done: Done
+
+
+class Writes:
+    """Posts copies and polls them. Belongs to the loop's thread; ``wake`` may be called from any."""
+
+    def __init__(self, host: Host, pool: KVPool, transport: Transport) -> None:
+        self.host = host
+        self.pool = pool
+        self.transport = transport
+        self.bytes_done = 0
+        self.failed = 0
+        self.on_posted: Callable[[Destination, int], str | None] = lambda destination, serial: None
+        self._serial = 0
+        self._pending: dict[int, _Write] = {}
+        self._unsettled: dict[int, _Write] = {}
+        self._rows = list(range(pool.layout.rows))
+        self._layouts: dict[bytes, Layout] = {}
+        self._is_polling = False
+
+    def __len__(self) -> int:
+        """Writes that have not settled."""
+        return len(self._pending) + len(self._unsettled)
+
+    def post(
+        self, destination: Destination, chunk: int, first: int, pages: tuple[int, ...], last: bool, done: Done
+    ) -> None:
+        """Write pages of a prompt to the destination's, and the aux row with the last of them."""
+        self._serial += 1
+        serial, host = self._serial, self.host
+        targets = destination.pages[first : first + len(pages)]
+        row = self._rows.pop() if last and self._rows else None
+        target_row = destination.row if last else None
+        own = destination.incarnation
+        posted = WritePosted(host.now, host.node, serial, own, destination.node, chunk, last, pages, targets, target_row)
+        host.emit(posted)
+        try:
+            peer, ranges = self._ranges(destination, pages, targets, row)
+            handle = self.transport.post(peer, ranges, Tag(destination.incarnation, serial))
+        except (BadInput, TransportError, ValueError) as error:
+            _log.warning("%s: write %d to %s cannot be posted: %s", host.node, serial, destination.node, error)
+            self._rows += [row] if row is not None else []
+            host.loop.soon(self._refused, serial, done)
+            return
+        self._pending[handle] = _Write(serial, destination, targets, row, ranges.total, done)
+        self.wake()
+
+    def _refused(self, serial: int, done: Done) -> None:
+        """Nothing was sent, so nothing is in flight: failed and settled are one moment."""
+        self.failed += 1
+        done("failed")
+        self._settle(serial, False)
+        done("settled")
+
+    def _ranges(
+        self, destination: Destination, pages: tuple[int, ...], targets: tuple[int, ...], row: int | None
+    ) -> tuple[Any, Copies]:
+        descriptor, encoded, epoch = destination.memory
+        layout = self._layouts.get(encoded)
+        if layout is None:
+            layout = self._layouts[encoded] = Layout.from_bytes(encoded)
+        peer = self.transport.connect(descriptor, destination.node, epoch)
+        ranges = copies(self.pool.layout, layout, pages, targets)
+        if row is None:
+            return peer, ranges
+        room, attempt, _ = destination.incarnation
+        self.pool.put_row(row, aux_row.pack(aux_row.AuxRow(room, attempt, 0, 0, 0, len(destination.pages))))
+        return peer, joined(ranges, aux_copy(self.pool.layout, layout, row, destination.row))
+
+    # -- what became of them
+
+    def wake(self) -> None:
+        """Something may have changed; the loop looks soon. From any thread."""
+        if not self._is_polling:
+            self._is_polling = True
+            self.host.loop.post(self._poll)
+
+    def _poll(self) -> None:
+        self._is_polling = False
+        for handle, write in list(self._pending.items()):
+            progress = self.transport.poll(handle)
+            if progress.state == "pending":
+                continue
+            del self._pending[handle]
+            if progress.state == "done":
+                self._completed(handle, write)
+            else:
+                self._failed(handle, write, progress.reason, progress.drained)
+        for handle, write in list(self._unsettled.items()):
+            if self.transport.poll(handle).drained:
+                self._drained(handle, write)
+
+    def _completed(self, handle: int, write: _Write) -> None:
+        host, destination = self.host, write.destination
+        self.transport.forget(handle)
+        self.bytes_done += write.nbytes
+        self._free(write)
+        host.emit(WriteLanded(host.now, destination.node, write.serial, destination.incarnation, write.pages))
+        self._settle(write.serial, True)
+        write.done("completed")
+
+    def _failed(self, handle: int, write: _Write, reason: str | None, drained: bool) -> None:
+        self.failed += 1
+        _log.warning("%s: write %d to %s failed: %s", self.host.node, write.serial, write.destination.node, reason)
+        self._unsettled[handle] = write
+        write.done("failed")
+        if drained:
+            self._drained(handle, write)
+
+    def _drained(self, handle: int, write: _Write) -> None:
+        del self._unsettled[handle]
+        self.transport.forget(handle)
+        self._free(write)
+        self._settle(write.serial, False)
+        write.done("settled")
+
+    def _free(self, write: _Write) -> None:
+        if write.row is not None:
+            self._rows.append(write.row)
+
+    def _settle(self, serial: int, ok: bool) -> None:
+        self.host.emit(WriteSettled(self.host.now, self.host.node, serial, ok))
+
+
+def joined(left: Copies, right: Copies) -> Copies:
+    """All ranges of both."""
+    return Copies(*(np.concatenate(pair) for pair in zip(left, right, strict=True)))
