@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import zmq
 from control_stage import Clock, bodies, drops, making_planes, making_strangers, read
 
 from kvpoll.runtime.control.messages import MESSAGE_BYTES_MAX, Goodbye, Missed, Ping, Step
@@ -35,6 +36,18 @@ def test_ten_thousand_names_do_not_grow_the_table(planes: Any, strangers: Any) -
     assert plane.channels == ()
 
 
+def test_whoever_was_silent_for_longest_is_forgotten_first(planes: Any, strangers: Any) -> None:
+    plane = planes(senders_max=3)
+    stranger = strangers(plane)
+    for number, node in enumerate(("A", "B", "C", "A", "D"), start=1):
+        stranger.letter(Goodbye(), serial=number if node != "A" else 1 + number // 4, node=node)
+    read(plane, 5)
+    assert list(plane._senders) == ["C", "A", "D"]
+    stranger.letter(Goodbye(), serial=2, node="A")
+    read(plane, 1)
+    assert drops(plane) == {"duplicate": 1}
+
+
 def test_memory_does_not_grow_with_traffic(planes: Any, strangers: Any) -> None:
     plane = planes(senders_max=50)
     stranger = strangers(plane)
@@ -53,8 +66,10 @@ def test_memory_does_not_grow_with_traffic(planes: Any, strangers: Any) -> None:
 
 def test_pings_from_anywhere_open_no_more_channels_than_allowed(planes: Any, strangers: Any) -> None:
     """An answer goes where the envelope says, and a stranger may say anything. It must not cost a peer its channel."""
-    plane, friend = planes("P0", channels_max=4), planes("D0")
+    clock = Clock()
+    plane, friend = planes("P0", channels_max=4, clock=clock), planes("D0")
     plane.send(friend.endpoint, "D0", 0, Step(1, b""))
+    clock.now += 100  # long enough for the peer's channel to make room for a message of our own
     stranger = strangers(plane)
     for number in range(20):
         stranger.letter(Ping(number), serial=1, node=f"X{number}", endpoint=f"tcp://127.0.0.1:{number + 1}")
@@ -134,6 +149,17 @@ def test_what_cannot_be_encoded_is_counted_and_known_to_the_peer(planes: Any) ->
     assert plane.send(other.endpoint, "D0", 0, Step(2, b""))
     assert drops(plane) == {"unencodable": 2}
     assert bodies(read(other, 2)) == [Step(0, b""), Missed(2), Step(2, b"")]
+
+
+def test_a_silent_connection_is_found_by_tcp_and_by_zmtp(planes: Any) -> None:
+    """A host that lost its power closes nothing; its sockets would stay for ever."""
+    plane = planes()
+    plane.send(plane.endpoint, "P0", 0, Ping(1))
+    for each in (plane._pull, plane._channels[plane.endpoint].socket):
+        assert each.getsockopt(zmq.TCP_KEEPALIVE) == 1
+        assert each.getsockopt(zmq.HEARTBEAT_IVL) == 10_000 < each.getsockopt(zmq.HEARTBEAT_TIMEOUT)
+        assert each.getsockopt(zmq.LINGER) == 0
+    assert plane._pull.getsockopt(zmq.RCVHWM) == plane._channels[plane.endpoint].socket.getsockopt(zmq.SNDHWM) == 4096
 
 
 # --- nobody waits (A19) ---------------------------------------------------------------------------

@@ -152,14 +152,14 @@ def test_a_peer_that_restarts_at_its_address_gets_no_mail_of_its_predecessor(nea
     first = far("P0", 0)
     ask(near, first, "before")
     first.kill()
-    for number in range(3):
+    for number in range(190):  # more than the dead connection can swallow, less than the queue holds
         near.send(first.endpoint, "P0", 0, Command("asked", b"too late %d" % number))
     second = far("P0", 1, first.port)
     assert second.endpoint == first.endpoint
     inbox_before = near.received
     reply = ask(near, second, "again")  # on the channel that the first one left behind
     assert near.received == inbox_before + 1  # no reply to what was meant for the first
-    assert int(reply.cause or 0) <= 3
+    assert 1 <= int(reply.cause or 0) <= 190  # it did get that mail, and knew that it was not its own
 
 
 def test_a_question_to_any_life_finds_the_new_one(near: ControlPlane, far: Any) -> None:
