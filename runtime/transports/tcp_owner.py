@@ -32,6 +32,9 @@ _CONNECTIONS_MAX: Final = 256
 _REVOKED_MAX: Final = 1 << 20
 _VIEWS_PER_TURN: Final = 64
 _TICK_MS: Final = 500
+COUNTERS: Final = (
+    "admitted", "refused", "malformed", "connections_ended", "writes_placed", "writes_revoked", "bytes_thrown",
+)  # fmt: skip
 
 
 class _Ended(Exception):
@@ -53,10 +56,7 @@ class Receiver:
         self.space = Space([region.nbytes for region in regions])
         self.memory = [memoryview((ctypes.c_ubyte * r.nbytes).from_address(r.address)).cast("B") for r in regions]
         self._keep = list(regions)
-        self.counters = dict.fromkeys(
-            ("admitted", "refused", "malformed", "connections_ended", "writes_placed", "writes_revoked", "bytes_thrown"),
-            0,
-        )  # fmt: skip
+        self.counters = dict.fromkeys(COUNTERS, 0)
         self._lock = threading.Lock()
         self._revoked: dict[Incarnation, None] = {}
         self._lanes: dict[tuple[str, int], _Lane] = {}

@@ -120,10 +120,9 @@ def pack_frame(header: Header, target: Words, nbytes: Words) -> bytes:
 def unpack_header(data: bytes | bytearray | memoryview) -> Header:
     """The header of HEADER_BYTES, within the limits. Raises Malformed."""
     magic, kind, flags, owner_epoch, write, room, attempt, epoch, count, _, payload = _HEADER.unpack(data)
-    fits = (kind == STOP and count == payload == 0) or (
-        kind == DATA and 0 < count <= RANGES_MAX and payload <= PAYLOAD_MAX
-    )
-    if magic != b"KVTF" or not fits:
+    is_stop = kind == STOP and count == payload == 0
+    is_data = kind == DATA and 0 < count <= RANGES_MAX and payload <= PAYLOAD_MAX
+    if magic != b"KVTF" or not (is_stop or is_data):
         raise Malformed("not a frame of this version, or beyond its limits")
     return Header(kind, flags, owner_epoch, write, Incarnation(room, attempt, epoch), count, payload)
 
