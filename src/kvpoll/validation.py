@@ -286,6 +286,7 @@ class Trial:
         self._watch.finish(judge.seconds)
         verdict = self.verdict
         verdict.steps, verdict.open = judge.steps, judge.left_open()
+        verdict.notes += [f"{kind} are not in the trace, and were taken on trust" for kind in sorted(judge.trusting)]
         if judge.missing:
             verdict.notes.append(f"{judge.missing:,} events are missing from the trace (seq has gaps)")
 

@@ -21,6 +21,7 @@ attempt of the decode rank that sent it, as far as the trace shows one.
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -46,6 +47,11 @@ from kvpoll.statemachine.judge.sglang_rooms import (
 from kvpoll.statemachine.machine import ABSENT, IllegalFact, Local, Room, RoomMachine
 
 CONTEXT: Final = 4
+"""Earlier values of a room that a finding shows."""
+
+REMEMBERED_ROOMS: Final = 4096
+"""Rooms of which the judge remembers those values."""
+
 BY_ROWS: Final = ("S5",)
 """Invariants whose monitors need events that this format lacks (pages, commits); a row that breaks one says so."""
 
@@ -71,6 +77,7 @@ class SglangJudge:
 
     emit: receives the steps that explain the trace, as Stepped events for the invariants, and a Violated where a
     row breaks an invariant that this format has no events for. Times are seconds since the first event.
+    missing: events that gaps in ``seq`` betray. trusting: which evidence the trace does not hold at all.
     """
 
     def __init__(self, protocol: Protocol, profile: Profile, emit: Callable[[Any], None]) -> None:
@@ -79,10 +86,13 @@ class SglangJudge:
         self.departures = Departures(protocol, profile)
         self.steps = 0
         self.missing = 0
+        self.trusting: set[str] = set()
         self._emit = emit
         self._nodes: dict[str, Node] = {}
         self._pairings = Pairings()
         self._witnesses: dict[tuple[str, tuple[Change, ...]], Witness] = {}
+        self._told: OrderedDict[tuple[str, int], deque[Told]] = OrderedDict()
+        self._late: deque[tuple[Node, int]] = deque()
         self._begin: float | None = None
         self._seq: int | None = None
         self._t = 0.0
@@ -133,8 +143,8 @@ class SglangJudge:
         found: list[Finding | None] = [self._has_no_incarnation(line, event, message)]
         if node.role == "receiver":
             entry = node.entries.get(message.room)
-            if entry is not None and message.kind == "status" and len(entry.frames) < REPORTS_MAX:
-                entry.frames.append((message.number or 0, message.outcome))
+            if entry is not None and message.kind == "status":
+                found.append(self._status_heard(line, entry, event, message))
             elif entry is not None and message.kind == "abort_ack":
                 entry.ack_frames.add(message.number)
             return found
@@ -148,6 +158,19 @@ class SglangJudge:
             offer = Offer("PeerAborted", ends.index(True) if True in ends else 0)
         self._take_message(node, pairing, event, message.room, offer)
         return found
+
+    def _status_heard(self, line: int, entry: Entry, event: Heard, message: Message) -> Finding | None:
+        """A prefill rank stores its outcome before it tells decode."""
+        rank, outcome, number = message.number or 0, str(message.outcome), message.room or 0
+        if len(entry.frames) < REPORTS_MAX:
+            entry.frames.append((rank, outcome))
+        pairing, why = self._pairings.of(number), None
+        if f"{outcome} of {rank}" in entry.trusted:
+            why = "it was applied before it was received"
+        elif pairing.held and outcome in TERMINAL_POLLS and not any(told == outcome for _, told in pairing.ended):
+            why = "no prefill rank of this trace has ended the room so"
+        text = f"{event.node} received {outcome} of prefill rank {rank} for room {number}"
+        return None if why is None else self._plain(line, event, number, text, why)
 
     def _take_message(self, node: Node, pairing: Pairing, event: Heard, number: int, offer: Offer) -> None:
         """Keep what a message says until the table shows what came of it; an unknown room shows nothing."""
@@ -166,11 +189,12 @@ class SglangJudge:
             self._flush(node, number, entry)
 
     def _flush(self, node: Node, number: int, entry: Entry) -> None:
-        """A pending message has shown nothing: let it be taken as the profile takes it."""
+        """A pending message has shown nothing: let it be taken as the profile takes it, if that shows nothing."""
         pending, entry.pending = entry.pending, None
         if pending is not None:
             steps = _run(self.departures.machine(node.role), entry.room, [pending.offer])
-            self._follow(node, entry, steps or ())
+            if steps and fits(steps[-1].after.local, entry.shown):
+                self._follow(node, entry, steps)
         if entry.shown is None and entry.room.local.poll == "Absent":
             node.entries.pop(number, None)
 
@@ -202,27 +226,55 @@ class SglangJudge:
     # -- calls
 
     def _called(self, line: int, node: Node, event: Called) -> list[Finding | None]:
-        node.methods.add(event.method)
+        node.calls = True
         if event.method == "_handle_node_failure":
             node.loses = event.thread
-        entry = None if event.room is None else node.entries.get(event.room)
-        arguments = event.arguments
-        if event.method == "_send_abort_ack" and event.room is not None:
-            return [self._acknowledges(line, node, event, event.room)]
-        if entry is None or event.room is None:
+        if event.room is None:
             return []
-        if event.method == "add_transfer_request" and entry.shown not in TERMINAL_POLLS:
-            entry.chunks += 1
-            entry.last = entry.last or arguments.get("is_last_chunk") is True
+        if event.method == "_send_abort_ack":
+            return [self._acknowledges(line, node, event, event.room)]
+        entry = node.entries.get(event.room)
+        if entry is None:
+            return []
+        if event.method == "record_failure":
+            entry.failure = str(event.arguments.get("failure_reason") or "") or None
+            self._pairings.of(event.room).recorded.setdefault(node.name, entry.room.incarnation.attempt)
+        elif event.method == "add_transfer_request":
+            return [self._hands_over(line, entry, event, event.room)]
         elif event.method == "conclude_transfer":
-            entry.concluded = str(arguments.get("status"))
-        elif event.method == "record_failure":
-            entry.failure = str(arguments.get("failure_reason") or "") or None
+            return [self._concludes(line, entry, event, event.room)]
         elif event.method == "apply_prefill_status":
             return [self._reports(line, node, entry, event, event.room)]
         elif event.method == "note_abort_ack":
             return [self._hears_ack(line, node, entry, event, event.room)]
         return []
+
+    def _hands_over(self, line: int, entry: Entry, event: Called, number: int) -> Finding | None:
+        """A scheduler hands a chunk to the transfer workers. One that comes after a failure is dropped by SGLang."""
+        why = None
+        if entry.shown == "Success":
+            why = "the room has ended with Success, and a chunk of it is handed over only now"
+        elif entry.last and entry.shown != "Failed":
+            why = "a chunk follows the one that was the last"
+        elif "chunks" in entry.trusted:
+            why = "the table showed its write before it was handed over"
+        elif entry.shown != "Failed":
+            entry.chunks += 1
+            entry.last = event.arguments.get("is_last_chunk") is True
+        text = f"{event.node} add_transfer_request for room {number}"
+        return None if why is None else self._plain(line, event, number, text, why, ("S5",))
+
+    def _concludes(self, line: int, entry: Entry, event: Called, number: int) -> Finding | None:
+        """A worker announces how the transfer of a room has ended."""
+        entry.concluded, why = str(event.arguments.get("status")), None
+        if entry.concluded == "Success":
+            is_dummy = entry.room.local.owned and entry.room.local.expected == 0
+            if "conclusion" in entry.trusted:
+                why = "the table showed Success before it was announced"
+            elif entry.shown in ("WaitingForInput", "Transferring") and not entry.last and not is_dummy:
+                why = "its last chunk was never handed over"
+        text = f"{event.node} conclude_transfer {entry.concluded} for room {number}"
+        return None if why is None else self._plain(line, event, number, text, why, ("S5",))
 
     def _reports(self, line: int, node: Node, entry: Entry, event: Called, number: int) -> Finding | None:
         """A decode rank applies what a prefill rank has reported: was it told so, and by whom?"""
@@ -234,6 +286,9 @@ class SglangJudge:
                 entry.frames.remove((rank, outcome))
             else:
                 why = "no status message of that rank with that outcome was received"
+        else:
+            self.trusting.add(f"messages received by {node.name}")
+            entry.trusted.add(f"{outcome} of {rank}")
         pairing = self._pairings.of(number)
         meant = entry.room.incarnation
         if why is None and pairing.held and outcome in TERMINAL_POLLS:
@@ -304,7 +359,15 @@ class SglangJudge:
         """Whose the room is that a put opens: an owner's opening is another attempt."""
         by_message = put.after == "WaitingForInput" and entry is not None and entry.pending is not None
         if put.before is None and put.after is not None and not by_message:
-            return Incarnation(put.room, pairing.open(node), 0)
+            holders = [
+                other.entries[put.room].room.incarnation.attempt
+                for other in self._nodes.values()
+                if other.role != node.role and put.room in other.entries and other.entries[put.room].shown is not None
+            ]
+            own = Incarnation(put.room, pairing.open(node, max(holders, default=0)), 0)
+            if entry is not None and entry.pending is not None and entry.pending.offer.meant_for != own:
+                entry.pending = None  # it has shown nothing before its room was cleared, so it did nothing
+            return own
         return entry.room.incarnation if entry is not None else Incarnation(put.room, 0, 0)
 
     def _way(
@@ -313,7 +376,7 @@ class SglangJudge:
         """The first way to the value that the machine can go, and the trace gives evidence of."""
         start = entry.room
         if node.role == "sender":
-            ways = sender_ways(node, entry, put, own)
+            ways = sender_ways(node, entry, put, own, pairing.recorded.get(node.name))
         else:
             heard = any(other.hears for other in self._nodes.values() if other.role == "sender")
             published = put.before == "WaitingForInput" and (not heard or pairing.has_published(node.name))
@@ -367,6 +430,14 @@ class SglangJudge:
             node.schedulers.add(put.thread)
         if way.used_pending:
             entry.pending = None
+        attempt = way.steps[-1].after.incarnation.attempt if way.steps else 0
+        pairing.opened[node.name] = max(pairing.opened.get(node.name, -1), attempt)
+        kinds = {step.fact.kind for step in way.steps}
+        if node.role == "sender" and not node.calls and "WritePosted" in kinds:
+            entry.trusted |= {"chunks", "conclusion"} if put.after == "Success" else {"chunks"}
+            self.trusting.add(f"calls on {node.name}")
+        if node.role == "sender" and not node.hears and "DestinationRegistered" in kinds:
+            self.trusting.add(f"messages received by {node.name}")
         entry.chunks = max(0, entry.chunks - sum(step.fact.kind == "WritePosted" for step in way.steps))
         self._follow(node, entry, way.steps)
 
@@ -419,14 +490,24 @@ class SglangJudge:
     def _show(self, line: int, node: Node, entry: Entry, put: Put) -> None:
         """The table shows the value from now on."""
         entry.shown, entry.line = put.after, line
-        entry.told = (*entry.told[1 - CONTEXT :], (line, _said(put)))
+        key = (node.name, put.room)
+        if key not in self._told and len(self._told) >= REMEMBERED_ROOMS:
+            self._told.popitem(last=False)
+        self._told.setdefault(key, deque(maxlen=CONTEXT)).append(Told(line, _said(put)))
         entry.used()
         if put.after == "Success" or put.after is None:
             entry.chunks, entry.last = 0, False
-        if put.after is None:
-            self._flush(node, put.room, entry)
-            if entry.pending is None and entry.room.local.poll != "Announced":
-                node.entries.pop(put.room, None)
+        if put.after is None and entry.pending is not None:
+            self._late.append((node, put.room))  # its thread may still act on the room, now that it is gone
+            if len(self._late) > REMEMBERED_ROOMS:
+                self._forget(*self._late.popleft())
+        elif put.after is None and entry.room.local.poll != "Announced":
+            node.entries.pop(put.room, None)
+
+    def _forget(self, node: Node, number: int) -> None:
+        entry = node.entries.get(number)
+        if entry is not None and entry.shown is None and entry.room.local.poll != "Announced":
+            del node.entries[number]
 
     # -- what there is to say
 
@@ -449,7 +530,7 @@ class SglangJudge:
         return Finding(
             line, self._t, node.name, _said(put), f"room {put.room} (attempt {entry.room.incarnation.attempt})",
             state_of(local), why, (*own, *ways_on(role, self.profile, local)), changes, invariants,
-            tuple(Told(*told) for told in entry.told),
+            self.context(node.name, put.room),
         )  # fmt: skip
 
     def _plain(
@@ -470,8 +551,7 @@ class SglangJudge:
 
     def context(self, node: str, number: int) -> tuple[Told, ...]:
         """The latest values that the table has shown for a room, oldest first."""
-        entry = self._nodes[node].entries.get(number)
-        return () if entry is None else tuple(Told(*told) for told in entry.told)
+        return tuple(self._told.get((node, number), ()))
 
 
 def _run(machine: RoomMachine, room: Room, offers: list[Offer]) -> tuple[Step, ...] | None:

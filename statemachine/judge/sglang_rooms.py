@@ -2,8 +2,8 @@
 
 The status table says what a room's poll became, not why. The *ways* to a value are the facts that SGLang's code
 would have had to see (PROTOCOL 4.1 and 4.2), each offered only where the trace holds its evidence: a message that
-was received, a method that was called, the thread that wrote. Where a recorder could not see a kind of evidence (it
-never shows any of that kind for the node), it is taken on trust.
+was received, a method that was called, the thread that wrote. Where a recorder does not see a kind of evidence (so
+far it has shown none of that kind for the node), it is taken on trust; if it turns up afterwards, it came too late.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ class Entry:
     shown: the table's value; line: where it was put. chunks: handed over and not yet written. last: the last chunk
     is among those handed over. concluded: outcome of the transfer that a worker has announced. reports: (prefill
     rank, outcome) applied since the last put. frames: status messages heard and not applied. failure: the recorded
-    reason. attempt of the room: ``room.incarnation.attempt``.
+    reason. trusted: kinds of evidence that this room was believed without. attempt of the room:
+    ``room.incarnation.attempt``.
     """
 
     __slots__ = (
         "ack_frames", "chunks", "concluded", "failure", "frames", "last", "line", "pending", "reports", "room", "shown",
-        "told",
+        "trusted",
     )  # fmt: skip
 
     def __init__(self, room: Room) -> None:
@@ -64,7 +65,7 @@ class Entry:
         self.frames: list[tuple[int, str | None]] = []
         self.ack_frames: set[int | None] = set()
         self.failure: str | None = None
-        self.told: tuple[tuple[int, str], ...] = ()
+        self.trusted: set[str] = set()
 
     def used(self) -> None:
         """A put has shown what the evidence led to."""
@@ -80,7 +81,7 @@ class Node:
         self.role = "sender" if name[0] == "P" else "receiver"
         self.entries: dict[int, Entry] = {}
         self.hears = False
-        self.methods: set[str] = set()
+        self.calls = False
         self.schedulers: set[str] = set()
         self.loses: str | None = None
 
@@ -92,9 +93,11 @@ class Pairing:
     has published pages for that attempt, in order; an entry's index is its bit. published: decode node -> sender.
     ended: (attempt, outcome) -> prefill ranks that have told decode so. held: prefill ranks that ever held the room.
     acks: prefill rank -> acknowledgements that the machine has ordered and the trace has not shown. sent: those shown.
+    recorded: prefill rank -> attempt of its first failure on record. SGLang keys that record by the room number and
+    keeps it when the room is cleared, so it may fail a later attempt (PROTOCOL 3.2).
     """
 
-    __slots__ = ("acks", "attempt", "ended", "held", "opened", "published", "senders", "sent")
+    __slots__ = ("acks", "attempt", "ended", "held", "opened", "published", "recorded", "senders", "sent")
 
     def __init__(self) -> None:
         self.attempt: int | None = None
@@ -105,10 +108,11 @@ class Pairing:
         self.held: set[str] = set()
         self.acks: dict[str, int] = {}
         self.sent = 0
+        self.recorded: dict[str, int] = {}
 
-    def open(self, node: Node) -> int:
-        """Another opening of the room on a node: its attempt, counted from 0."""
-        attempt = self.opened[node.name] = self.opened.get(node.name, -1) + 1
+    def open(self, node: Node, at_least: int) -> int:
+        """Another opening of the room on a node: its attempt, counted from 0, ``at_least`` that of who holds it."""
+        attempt = self.opened[node.name] = max(self.opened.get(node.name, -1) + 1, at_least)
         if node.role == "receiver" and attempt != self.attempt:
             self.attempt = attempt
             self.senders, self.published = [], {}
@@ -158,10 +162,15 @@ def fits(local: Local, shown: str | None) -> bool:
     return local.poll == shown and not local.cleared
 
 
-def sender_ways(node: Node, entry: Entry, put: Put, own: Incarnation) -> Iterator[list[Offer]]:
-    """The facts that may lead a prefill rank's room to the value that was put, those of pending messages left out."""
+def sender_ways(node: Node, entry: Entry, put: Put, own: Incarnation, recorded: int | None) -> Iterator[list[Offer]]:
+    """The facts that may lead a prefill rank's room to the value that was put, those of pending messages left out.
+
+    recorded: the attempt whose failure is on record for the room number, if there is one.
+    """
     local, before, after = entry.room.local, put.before, put.after
     by_scheduler = not node.schedulers or put.thread in node.schedulers or before is None
+    if before is None and after is None:
+        return  # what is not there cannot be taken away
     if after is None:
         yield from _ends(entry, before)
     elif before is None and after == "Bootstrapping":
@@ -180,14 +189,14 @@ def sender_ways(node: Node, entry: Entry, put: Put, own: Incarnation) -> Iterato
     elif after == "WaitingForInput" and before == "Bootstrapping":
         yield [] if node.hears else [Offer("DestinationRegistered", (0, 1))]
     elif after == "Transferring" and before in ("WaitingForInput", "Transferring"):
-        if entry.chunks or "add_transfer_request" not in node.methods:
+        if entry.chunks or not node.calls:
             yield _writes(entry, 1)
         elif after == before:
             yield []
     elif after == "Success":
         yield from _successes(node, entry)
     elif after == "Failed":
-        yield from _sender_failures(entry, by_scheduler)
+        yield from _sender_failures(entry, by_scheduler, recorded)
 
 
 def _ends(entry: Entry, before: str | None) -> Iterator[list[Offer]]:
@@ -215,24 +224,26 @@ def _successes(node: Node, entry: Entry) -> Iterator[list[Offer]]:
     if local.expected == 0 and local.owned:
         yield [Offer("PagesReserved"), Offer("WritePosted", True), Offer("WriteCompleted")]
         return
-    if entry.concluded != "Success" and "conclude_transfer" in node.methods:
+    if entry.concluded != "Success" and node.calls:
         return
     open_writes, posts = local.outstanding, list[Offer]()
     if entry.chunks:
         posts = _writes(entry, entry.chunks)
-    elif "add_transfer_request" not in node.methods and not local.last:
-        entry.last = True
-        posts = _writes(entry, 1)
+    elif not node.calls and not local.last:
+        posts = [*_writes(entry, 1)[:-1], Offer("WritePosted", True)]
     open_writes += sum(offer.kind == "WritePosted" for offer in posts)
     yield [*posts, *(Offer("WriteCompleted") for _ in range(open_writes))]
 
 
-def _sender_failures(entry: Entry, by_scheduler: bool) -> Iterator[list[Offer]]:
+def _sender_failures(entry: Entry, by_scheduler: bool, recorded: int | None) -> Iterator[list[Offer]]:
     if entry.pending is not None and entry.pending.offer.kind == "PeerAborted":
         yield []
-    if entry.concluded == "Failed":
+    if entry.concluded == "Failed" or (entry.concluded is not None and recorded is not None):
         posts = _writes(entry, max(entry.chunks, 1)) if entry.shown == "WaitingForInput" or entry.chunks else []
-        yield [*posts, Offer("WriteFailed")]
+        whose = None
+        if entry.concluded != "Failed" and recorded is not None:
+            whose = entry.room.incarnation._replace(attempt=recorded)
+        yield [*posts, Offer("WriteFailed", None, whose)]
     if by_scheduler:
         reason = entry.failure or "given_up"
         if _says(reason, "timed out", "timeout"):
@@ -247,6 +258,8 @@ def receiver_ways(node: Node, entry: Entry, put: Put, own: Incarnation, publishe
     before, after, local = put.before, put.after, entry.room.local
     publish = published and local.poll == "WaitingForInput" and local.lease in ("Unreserved", "Reserved")
     first = [Offer("PagesReserved"), Offer("MetadataSent")] if publish else []
+    if before is None and after is None:
+        return
     if after is None:
         yield from ([*first, *way] for way in _ends(entry, before))
     elif before is None and after == "Bootstrapping":
