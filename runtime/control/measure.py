@@ -32,8 +32,10 @@ from kvpoll.spec.vocabulary import Incarnation
 ANSWER_S = 30.0
 """How long one answer of the far process may take before the measurement gives up."""
 
-BATCH = 512
-BATCHES_IN_FLIGHT = 4
+BATCH = 256
+BATCHES_IN_FLIGHT = 3
+"""Together well below the half of the queue that is certain to be free (``plane.QUEUE_MESSAGES``)."""
+
 PAGES = 64
 
 
@@ -138,7 +140,8 @@ class _Far:
 
     def _send(self, message: Message) -> None:
         if not self.plane.send(self._endpoint, "far", 0, message):
-            raise MeasurementFailed(f"a message could not be queued: {self.plane.dropped}")
+            dropped = {reason: count for reason, count in self.plane.dropped.items() if count}
+            raise MeasurementFailed(f"a message could not be queued: {dropped}")
 
     def _await(self, serial: int) -> None:
         """Until the pong of this serial, or a later one, has come."""

@@ -65,6 +65,9 @@ CLOSE_BOUND_S: Final = 2.0
 """``close`` ends within this time: sockets do not linger."""
 
 QUEUE_MESSAGES: Final = 4096
+"""Longest queue of one channel, at each end. ZeroMQ learns in strides of half of it what has left, so only half is
+certain to be free when everything has been sent."""
+
 CHANNELS_MAX: Final = 1024
 CHANNEL_IDLE_S: Final = 300.0
 CHANNEL_BUSY_S: Final = 10.0
