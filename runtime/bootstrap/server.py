@@ -199,7 +199,7 @@ class BootstrapServer:
                 web.get("/health", self._health),
                 web.get("/ready", self._ready),
                 web.get("/metrics", self._metrics),
-                web.get("/route", self._get_route),
+                web.get("/route", self._get_route, allow_head=False),
                 web.put("/route", self._put_route),
                 web.delete("/route", self._delete_route),
                 web.post("/register_dp_rank", self._register_dp_rank),
@@ -212,15 +212,23 @@ class BootstrapServer:
             await runner.setup()
             await web.SockSite(runner, listener).start()
             expiry = asyncio.create_task(self._expire_entries())
-            self._emit(NodeStarted(self._now(), self.node, epoch))
+            self._tell(NodeStarted(self._now(), self.node, epoch))
             listening()
             await self._stop.wait()
         finally:
             if expiry is not None:
                 expiry.cancel()
-                self._emit(NodeStopped(self._now(), self.node, epoch))
             await runner.cleanup()
             listener.close()
+            if expiry is not None:
+                self._tell(NodeStopped(self._now(), self.node, epoch))
+
+    def _tell(self, event: Any) -> None:
+        """Who listens to the trace cannot disturb the server."""
+        try:
+            self._emit(event)
+        except Exception:
+            logger.exception("the listener of the bootstrap server's trace raised at %s", event)
 
     async def _expire_entries(self) -> None:
         """Entries are dropped when they are looked for; this is for those that nobody looks for any more."""
@@ -317,7 +325,7 @@ class BootstrapServer:
         self._require_token(request)
         info = reading.read_rank(await self._read(request), self.limits.ranks)
         if self.table.register(info):
-            self._emit(HealthReported(self._now(), self.node, True, self._is_complete()))
+            self._tell(HealthReported(self._now(), self.node, True, self._is_complete()))
         return web.Response(text="OK")
 
     async def _delete_route(self, request: web.Request) -> web.Response:

@@ -29,7 +29,7 @@ def client(address: str, profile: Profile = REFERENCE, **options: Any) -> Iterat
 
 
 def ok(body: str, *headers: str) -> bytes:
-    lines = ["HTTP/1.1 200 OK", f"Content-Length: {len(body)}", *headers, "", body]
+    lines = ["HTTP/1.1 200 OK", f"Content-Length: {len(body)}", "Connection: close", *headers, "", body]
     return "\r\n".join(lines).encode()
 
 
@@ -160,7 +160,7 @@ def test_a_server_that_hangs_up_is_refused() -> None:
         ok("[" * 100_000),
         ok("\x1f\x8b no gzip", "Content-Encoding: gzip"),
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        ok(" " * (5 << 20)),
+        ok('{"attn_tp_size": 1, "attn_cp_size": 1, "dp_size": 1, "pp_size": 1}' + " " * (5 << 20)),
     ],
 )
 def test_what_is_no_answer_of_a_bootstrap_server_is_told(answer: bytes) -> None:
@@ -187,6 +187,11 @@ def test_a_redirect_is_not_followed() -> None:
     away = b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n"
     with answering(away) as address, client(address) as mine:
         assert mine.health().status == 302
+
+
+def test_a_server_with_a_nonsense_epoch_of_a_rank_is_told() -> None:
+    with answering(ok('{"rank_ip": "a", "rank_port": 1, "process_epoch": "4"}')) as address, client(address) as mine:
+        assert mine.endpoint(0, 0, 0, 0) == Reply(502, "not an answer of a bootstrap server: process_epoch is '4'")
 
 
 def test_fields_of_a_newer_server_are_passed_over() -> None:
@@ -302,6 +307,7 @@ def test_a_closed_caller_calls_nobody(scheduler: Scheduler) -> None:
     caller.close(0.2)
     assert time.monotonic() - began_s < WAIT_S, "closing does not wait for the call"
     assert not caller.submit("a", wait, scheduler.hear("late"))
+    assert len(caller) == 0
     release.set()
     until(lambda: not caller._threads[0].is_alive(), "the end of the thread")
     assert called == [1] and scheduler.posted.empty()

@@ -7,9 +7,10 @@ import threading
 from typing import Any
 
 import pytest
-from bootstrap_stage import PROTOCOL, REFERENCE, SGLANG, Clock, ask, gauges, leave, put, rank, route, server
+from bootstrap_stage import PROTOCOL, REFERENCE, SGLANG, Clock, ask, gauges, leave, put, rank, route, server, until
 
-from kvpoll.runtime.bootstrap import BootstrapServer, Limits
+from kvpoll.runtime.bootstrap import BootstrapServer, Coordinate, Limits
+from kvpoll.runtime.bootstrap.reading import Refused
 from kvpoll.spec.source import BadInput
 from kvpoll.spec.trace import HealthReported, NodeStarted, NodeStopped
 
@@ -46,7 +47,7 @@ def test_the_answers_of_sglang_field_by_field() -> None:
         }  # fmt: skip
         assert route(target, 1).json() == {"rank_ip": "127.0.0.1", "rank_port": 30001}
         assert route(target, 2).status_code == 404
-        assert ask(target, "POST", "/route").status_code == 405
+        assert ask(target, "POST", "/route").status_code == ask(target, "HEAD", "/route").status_code == 405
         assert ask(target, "GET", "/route", params={"target_tp_rank": 0}).status_code == 400
 
 
@@ -270,10 +271,12 @@ def test_an_entry_filed_again_lives_anew() -> None:
     clock = Clock()
     with server(clock=clock) as target:
         enter(target, 1, 0)
+        enter(target, 2, 0)
         clock.now_s += 200
         enter(target, 1, 0)
         clock.now_s += 200
-        assert query(target, 1) == {"1": 0}
+        assert query(target, 1, 2) == {"1": 0}
+        assert gauges(target)["kvpoll_bootstrap_dp_entries"] == 1
 
 
 def test_a_full_table_refuses_the_newcomer_and_keeps_what_it_has() -> None:
@@ -292,8 +295,9 @@ def test_the_machine_forgets_its_steps_and_the_table_does_not() -> None:
     with server() as target:
         put(target, rank(0))
         put(target, rank(1))
-        for _ in range(300):
-            assert target.table.endpoint(rank(1).coordinate).rank_port == 30001
+        for number in range(300):  # each is a step that the machine has not taken before
+            with pytest.raises(Refused, match="Bootstrap info not found"):
+                target.table.endpoint(Coordinate(0, 0, 2 + number, 0))
         assert len(target.table._machine._taken) < 256
         assert route(target).status_code == 200
 
@@ -387,6 +391,42 @@ def test_it_is_closed_once_and_for_all() -> None:
     target.close()
     with BootstrapServer(PROTOCOL, REFERENCE, port=port) as successor:
         assert route(successor).status_code == 503
+
+
+def test_a_server_that_cannot_start_says_so_and_lets_go_of_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(runner: Any) -> None:
+        raise OSError("no more threads")
+
+    target = server()
+    with monkeypatch.context() as broken:
+        broken.setattr("aiohttp.web.AppRunner.setup", fail)
+        with pytest.raises(RuntimeError, match="did not start"):
+            target.start()
+    with BootstrapServer(PROTOCOL, REFERENCE, port=target.port) as successor:
+        assert route(successor).status_code == 503
+
+
+def test_a_defect_is_one_500_and_neither_it_nor_a_listener_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise KeyError("a defect")
+
+    with server(emit=fail) as target:
+        assert put(target, rank(0, 1)).status_code == 200
+        with monkeypatch.context() as broken:
+            broken.setattr(target.table, "endpoint", fail)
+            answer = route(target, 0)
+        assert (answer.status_code, answer.json()) == (500, {"error": "a defect of the bootstrap server; see its log"})
+        assert route(target, 0).status_code == 200
+
+
+def test_entries_that_nobody_asks_for_are_dropped_too() -> None:
+    """The server looks every second at most; the clock of the entries is the test's."""
+    clock = Clock()
+    with server(REFERENCE.with_rules({"dp_entry_timeout_s": 8}), clock=clock) as target:
+        enter(target, 1, 0)
+        clock.now_s += 8
+        until(lambda: not target.entries._filed, "the expiry of an entry")
+        assert query(target, 1) == {}
 
 
 def test_a_name_for_several_addresses_means_that_of_ipv4() -> None:

@@ -151,6 +151,7 @@ CALLS: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "/route", {"params": {**PLACE, "target_pp_rank": -1}}),
     ("GET", "/route", {"params": {"target_tp_rank": 0}}),
     ("POST", "/route", {}),
+    ("HEAD", "/route", {}),
     ("PUT", "/route", {"json": rank(1, decode_allocation_policy="prefill_complete").as_json()}),
     ("PUT", "/route", {"json": rank(1, dsv41_spec_layout={"a": 1}).as_json()}),
     ("POST", "/register_dp_rank", {"json": {"bootstrap_room": 11, "dp_rank": 1}}),
