@@ -13,6 +13,7 @@ reported an error is not known. Each process watches the other through a pidfd: 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import itertools
 import secrets
@@ -195,7 +196,11 @@ class CudaIpcTransport(EngineTransport):
             self._puller.cancel(channel, message.number)
 
     def _lost(self, channel: Channel) -> None:
-        """A closed socket proves nothing; the process is watched further."""
+        """A closed socket proves nothing: a writer's process is watched further, a stranger's is none of ours."""
+        if channel.peer is None:
+            channel.close()
+            with self._channels_lock, contextlib.suppress(ValueError):
+                self._channels.remove(channel)
 
     def _died(self, channel: Channel) -> None:
         if self._puller is not None:

@@ -198,6 +198,8 @@ class Channel:
         with self._lock:
             self.lost = True
             self._out.clear()
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
         self._on_lost(self)
 
     def _take(self) -> None:
