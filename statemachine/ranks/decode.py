@@ -118,6 +118,8 @@ class DecodeRank(ReceiverRank):
                 self._open(command[1])
             elif command[0] == "generated":
                 self._generated(command[1])
+            elif command[0] == "sampled":
+                self._sampled(command[1])
             elif command[1] in self.entries:
                 self._abort(self.entries[command[1]], command[2])
             else:
@@ -245,8 +247,19 @@ class DecodeRank(ReceiverRank):
             host.after(step_s * entry.request.output_tokens, self._last_token, entry.request.rid)
 
     def _first_token(self, request: Request) -> None:
-        if not self.is_over():
+        """The first forward pass is over on the leader; it is a collective, so every rank has begun by then."""
+        if self.is_over():
+            return
+        if self.collectives.size == 1:
             self.host.first_token(self, request)
+        else:
+            self.commands.append(("sampled", request.rid))
+            self.group.wake()
+
+    def _sampled(self, rid: str) -> None:
+        entry = self.entries.get(rid)
+        if self.index == 0 and entry is not None and entry.state.state == "Running":
+            self.host.first_token(self, entry.request)
 
     def _last_token(self, rid: str) -> None:
         """The sampled token ends the request in the same iteration on every tensor rank."""
