@@ -6,12 +6,15 @@ reason is kept. Transports differ in how they learn these facts, not in these ru
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
-from typing import Literal
+from typing import Final, Literal
 
 from kvpoll.runtime.transports.interface import DONE, PENDING, Progress, Tag, Wake
 from kvpoll.runtime.transports.offsets import Plan
+
+LOG: Final = logging.getLogger(__name__)
 
 
 class Write:
@@ -33,7 +36,7 @@ class PostedWrites:
     """All writes of one transport that are not forgotten, by handle. Safe to use from any thread."""
 
     def __init__(self, wake: Wake) -> None:
-        self._wake = wake
+        self._call_wake = wake
         self._lock = threading.Lock()
         self._writes: dict[int, Write] = {}
         self._last = 0
@@ -104,6 +107,12 @@ class PostedWrites:
             pending = [write for write in self._writes.values() if not write.progress.drained]
         for write in pending:
             self.fail(write, reason, drained=drained(write))
+
+    def _wake(self) -> None:
+        try:
+            self._call_wake()
+        except Exception:  # it must not end the thread that happened to call it
+            LOG.exception("the wake function that the transport was given raised")
 
     def _change(self, write: Write, state: Literal["done", "failed"], drained: bool, reason: str | None) -> None:
         with self._lock:

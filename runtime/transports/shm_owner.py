@@ -7,9 +7,9 @@ writes no more. A paused writer's socket stays open: no proof.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hmac
+import logging
 import os
 import secrets
 import selectors
@@ -25,6 +25,7 @@ from typing import Final
 from kvpoll.runtime.transports import shm_wire
 from kvpoll.runtime.transports.interface import Death, TransportError
 
+LOG: Final = logging.getLogger(__name__)
 _HELLO_LIMIT_S: Final = 5.0
 _CONNECTIONS_MAX: Final = 1024
 
@@ -174,8 +175,10 @@ class Doorkeeper:
         if any(other.life == visitor.life for other in self._visitors):
             return  # it connected again before its old connection was seen to end
         self.counters["writers_ended"] += 1
-        with contextlib.suppress(Exception):  # a user's mistake must not end the watch over the other writers
+        try:
             self._on_death(*visitor.life)
+        except Exception:  # it must not end the watch over the other writers
+            LOG.exception("the on_death function that the transport was given raised")
 
     def _drop_silent(self, selector: selectors.BaseSelector) -> None:
         now = time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import select
 import socket
@@ -26,6 +27,7 @@ from kvpoll.runtime.transports.posted import PostedWrites, Write
 from kvpoll.runtime.transports.shm_control import ControlView
 from kvpoll.runtime.transports.shm_memory import Mapping
 
+LOG: Final = logging.getLogger(__name__)
 PIECE_BYTES: Final = 4 << 20
 PIECE_RANGES: Final = 4096
 _ANSWER_LIMIT_S: Final = 5.0
@@ -104,6 +106,7 @@ class ShmPeer:
         self._pool: _Pool | None = None
         self._thread: threading.Thread | None = None
         self._bell = -1
+        self._current: Write | None = None
 
     # --- called by the transport's user ------------------------------------------------------------
 
@@ -145,6 +148,16 @@ class ShmPeer:
     # --- the thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # whatever it is, no write may stay pending for ever
+            LOG.exception("the thread that writes to %s failed", self.address)
+            self._lose(f"the thread that writes to {self.address} failed: {error}")
+            if self._current is not None:
+                self._writes.fail(self._current, str(self._gone), drained=True)
+        self._clear_up()
+
+    def _work(self) -> None:
         while self._gone is None:
             write = self._queue.popleft() if self._queue else None
             if write is None:
@@ -152,7 +165,11 @@ class ShmPeer:
                 if self._pool and not self._pool.has_owner():
                     self._lose(f"{self.address} has ended")
             elif write.progress.state == "pending":
+                self._current = write
                 self._serve(write)
+                self._current = None
+
+    def _clear_up(self) -> None:
         if self._pool:
             self._pool.close(bye=self._retired)
         with self._lock:
@@ -160,7 +177,7 @@ class ShmPeer:
             self._queue.clear()
             os.close(bell)
         for write in left:
-            self._writes.fail(write, self._gone, drained=True)
+            self._writes.fail(write, str(self._gone), drained=True)
 
     def _serve(self, write: Write) -> None:
         if self._pool is None:

@@ -30,7 +30,6 @@ _RETIRE_LIMIT_S: Final = 2.0
 _REVOKE_LIMIT_S: Final = 1.0
 _CONNECTIONS_MAX: Final = 256
 _REVOKED_MAX: Final = 1 << 20
-_VIEWS_PER_TURN: Final = 64
 _TICK_MS: Final = 500
 COUNTERS: Final = (
     "admitted", "refused", "malformed", "connections_ended", "writes_placed", "writes_revoked", "bytes_thrown",
@@ -211,9 +210,10 @@ class _Lane:
             counter = "malformed"
         except OSError:
             pass
-        # Closed only here, after the last placement: the writer reads the end of the connection as "nothing more".
-        self._connection.close()
-        self._receiver.left(self, counter)
+        finally:
+            # Closed only here, after the last placement: the writer reads the connection's end as "nothing more".
+            self._connection.close()
+            self._receiver.left(self, counter)
 
     def _greet(self) -> None:
         try:
@@ -242,7 +242,7 @@ class _Lane:
         memory = receiver.memory
         rows = zip(regions.tolist(), begins, nbytes.tolist(), strict=True)
         views = [memory[region][begin : begin + length] for region, begin, length in rows]
-        if self._refused_write == header.write or not self._place(views, header.incarnation):
+        if self._refused_write == header.write or not self._place(views, header):
             self._throw_away(views)
             self._refused_write = header.write
         if header.flags & wire.LAST:
@@ -251,17 +251,17 @@ class _Lane:
             self._refused_write = None
             self._answer(wire.REVOKED if revoked else wire.PLACED, header.write)
 
-    def _place(self, views: list[memoryview], incarnation: Incarnation) -> bool:
+    def _place(self, views: list[memoryview], header: wire.Header) -> bool:
         """Receive into these views; False, with ``views`` cut to what is left, once the incarnation is revoked."""
         receive = self._connection.recvmsg_into
-        first = 0
+        most, first = wire.views_per_call(header.ranges, header.payload), 0
         while first < len(views):
             with self._gate:
-                if self._receiver.is_revoked(incarnation) or self._ending:
+                if self._receiver.is_revoked(header.incarnation) or self._ending:
                     del views[:first]
                     return False
                 try:
-                    got = receive(views[first : first + _VIEWS_PER_TURN])[0]
+                    got = receive(views[first : first + most])[0]
                 except BlockingIOError:
                     got = -1
             if got < 0:

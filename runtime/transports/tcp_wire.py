@@ -136,6 +136,11 @@ def unpack_ranges(header: Header, table: bytes | bytearray | memoryview) -> tupl
     return target, nbytes
 
 
+def views_per_call(ranges: int, payload: int) -> int:
+    """How many ranges to hand to one sendmsg or recvmsg: about 1 MiB, which measured best, and within IOV_MAX."""
+    return max(16, min(512, ranges * (1 << 20) // max(1, payload)))
+
+
 def tune(connection: socket.socket, buffer_bytes: int | None, stall_s: float) -> None:
     """Options of both ends: no delay of small frames, buffers, and the kernel's own watch over a silent peer."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

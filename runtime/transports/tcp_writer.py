@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import select
 import socket
@@ -27,8 +28,8 @@ from kvpoll.runtime.transports.interface import Region
 from kvpoll.runtime.transports.offsets import Plan, Space
 from kvpoll.runtime.transports.posted import PostedWrites, Write
 
+LOG: Final = logging.getLogger(__name__)
 FRAME_BYTES: Final = 4 << 20
-_VIEWS_PER_SEND: Final = 64
 _CONNECT_LIMIT_S: Final = 5.0
 _RETRY_S: Final = (0.1, 2.0)
 _LINGER_S: Final = 1.0
@@ -119,6 +120,7 @@ class Lane:
         self._current: Write | None = None
         self._frames: Iterator[tuple[Plan, bool]] = iter(())
         self._out: list[Any] = []
+        self._views = 1
         self._unanswered: dict[int, Write] = {}
         self._unproven: list[Write] = []
         self._answer = bytearray()
@@ -185,6 +187,9 @@ class Lane:
                     self._sleep()
             except _Lost as lost:
                 self._lose(str(lost), proof=lost.proof)
+            except Exception as error:  # whatever it is, no write may stay pending for ever
+                LOG.exception("the thread that writes to %s failed", self._address)
+                self._lose(f"the thread that writes to {self._address} failed: {error}", proof=False)
         reason = self._gone or "the transport is closed"
         self._lose(reason, proof=False)
         with self._lock:
@@ -261,6 +266,7 @@ class Lane:
         assert memory is not None
         if self._settings.bytes_per_s is not None:
             self._frame_at_s = max(time.monotonic(), self._frame_at_s) + payload / self._settings.bytes_per_s
+        self._views = wire.views_per_call(count, payload)
         view = memory.view
         begins = (plan.source - memory.low).tolist()
         ends = (plan.source - memory.low + plan.nbytes).tolist()
@@ -271,7 +277,7 @@ class Lane:
         out, first = self._out, 0
         try:
             while first < len(out):
-                sent = connection.sendmsg(out[first : first + _VIEWS_PER_SEND])
+                sent = connection.sendmsg(out[first : first + self._views])
                 while sent and sent >= len(out[first]):
                     sent -= len(out[first])
                     first += 1
