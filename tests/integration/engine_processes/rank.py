@@ -40,7 +40,10 @@ class Rank:
         """Make the transport and register memory: zeros, or the random pool of a seed."""
         self.page_bytes = page_bytes
         nbytes = pages * page_bytes
-        self.memory = mmap.mmap(-1, nbytes)
+        # A file under the memory, for the transports that share it by descriptor.
+        file = os.memfd_create("kvpoll-rank", os.MFD_CLOEXEC)
+        os.ftruncate(file, nbytes)
+        self.memory = mmap.mmap(file, nbytes)
         self.pool = np.frombuffer(self.memory, np.uint8)
         self.pool[:] = 0 if seed is None else drawn(seed, nbytes)
         self.transport = transports.make(
@@ -48,7 +51,10 @@ class Rank:
         )
         each = nbytes // regions
         address = self.pool.ctypes.data
-        given = [Region(address + place * each, each, keep=self.memory) for place in range(regions)]
+        given = [
+            Region(address + place * each, each, keep=self.memory, file=file if regions == 1 else None)
+            for place in range(regions)
+        ]
         descriptor = self.transport.register(given)
         return {"descriptor": base64.b64encode(descriptor).decode(), "pid": os.getpid()}
 
@@ -85,6 +91,22 @@ class Rank:
     def forget(self, handle: int) -> dict[str, Any]:
         self.transport.forget(handle)
         return {}
+
+    def gate(self, is_open: bool) -> dict[str, Any]:
+        """Of ``cuda_ipc`` on host memory: may copies end?"""
+        gate = self.transport.device.gate
+        (gate.set if is_open else gate.clear)()
+        return {}
+
+    def copies_started(self) -> dict[str, Any]:
+        return {"copies": self.transport.device.copies_started}
+
+    def died(self, lives: int = 0, limit_s: float = 0.0) -> dict[str, Any]:
+        """Which deaths this process was told of, once there are so many or the limit is over."""
+        until = time.monotonic() + limit_s
+        while len(self.deaths) < lives and time.monotonic() < until:
+            time.sleep(PAUSE_S)
+        return {"deaths": self.deaths}
 
     def revoke(self) -> dict[str, Any]:
         return {"proven": self.transport.revoke(Incarnation(7, 0, 0))}
