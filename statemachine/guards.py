@@ -172,6 +172,21 @@ def rank_is_known(state: Any, detail: Any, profile: Profile) -> bool:
 
 
 @_guard
+def rank_is_listed(state: Any, detail: Any, profile: Profile) -> bool:
+    return any(name == detail[0] for name, _ in state.ranks)
+
+
+@_guard
+def a_later_life_is_listed(state: Any, detail: Any, profile: Profile) -> bool:
+    return any(name == detail[0] and epoch > detail[1] for name, epoch in state.ranks)
+
+
+@_guard
+def is_the_last_rank(state: Any, detail: Any, profile: Profile) -> bool:
+    return len(state.ranks) == 1 and rank_is_listed(state, detail, profile)
+
+
+@_guard
 def one_dp_rank(state: Any, detail: Any, profile: Profile) -> bool:
     return detail[0] == 1
 

@@ -126,6 +126,13 @@ def enter_rank(state: Any, detail: Any) -> Any:
 
 
 @_update
+def remove_rank(state: Any, detail: Any) -> Any:
+    """A rank leaves on purpose; what counts PUTs counts one less, since that is what it calls readiness (C1)."""
+    ranks = tuple(entry for entry in state.ranks if entry[0] != detail[0])
+    return state._replace(ranks=ranks, puts=max(0, state.puts - 1) if ranks else 0)
+
+
+@_update
 def enter_dp_rank(state: Any, detail: Any) -> Any:
     return state._replace(rank=detail)
 

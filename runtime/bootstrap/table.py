@@ -10,7 +10,6 @@ import dataclasses
 from itertools import product
 from typing import Any, Final
 
-from kvpoll.runtime.bootstrap.departure import unregister
 from kvpoll.runtime.bootstrap.reading import Refused
 from kvpoll.runtime.bootstrap.rows import Coordinate, Endpoint, RankInfo, Topology
 from kvpoll.spec.protocol import Profile, Protocol
@@ -80,7 +79,7 @@ class RankTable:
         registry = self.registry
         if known is not None and known.topology.rank_count != info.topology.rank_count:
             # Agreement held, so this rank is alone: its engine came back with other sizes, and starts an empty table.
-            registry, orders = unregister(registry, place.name, epoch)
+            registry, orders = self._step(registry, "RankUnregistered", (place.name, epoch))
             if orders[0][0] == "AnswerStale":
                 raise _over(place, epoch, listed)
         after, _ = self._step(registry, "RankRegistered", (place.name, epoch, info.topology.rank_count))
@@ -104,7 +103,8 @@ class RankTable:
         if epoch is None and known is not None and known.process_epoch is not None:
             raise Refused(409, "stale_epoch", f"{place.name} registered with an epoch; say which life of it leaves")
         listed = dict(self.registry.ranks).get(place.name, 0)
-        after, orders = unregister(self.registry, place.name, listed if epoch is None else epoch)
+        detail = (place.name, listed if epoch is None else epoch)
+        after, orders = self._step(self.registry, "RankUnregistered", detail)
         if orders[0][0] == "AnswerUnknownRank":
             raise Refused(404, "unknown_rank", f"{place.name} is not registered")
         if orders[0][0] == "AnswerStale":

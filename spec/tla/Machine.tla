@@ -96,6 +96,9 @@ Guard(name, s, detail) ==
          IF Rules.ready_means = "count_of_puts" THEN s.puts + 1 >= detail[3]
          ELSE Cardinality({entry[1] : entry \in s.ranks} \union {detail[1]}) >= detail[3]
     [] name = "rank_is_known" -> detail = <<>> \/ \E entry \in s.ranks : entry[1] = detail[1]
+    [] name = "rank_is_listed" -> \E entry \in s.ranks : entry[1] = detail[1]
+    [] name = "a_later_life_is_listed" -> \E entry \in s.ranks : entry[1] = detail[1] /\ entry[2] > detail[2]
+    [] name = "is_the_last_rank" -> Cardinality(s.ranks) = 1 /\ \E entry \in s.ranks : entry[1] = detail[1]
     [] name = "one_dp_rank" -> detail[1] = 1
     [] name = "follows_the_room" -> detail[2]
     [] name = "answer_is_known" -> detail # <<>>
@@ -135,6 +138,9 @@ Update(name, s, detail) ==
     [] name = "meet_server" -> [s EXCEPT !.replaced = FALSE]
     [] name = "mark_replaced" -> [s EXCEPT !.replaced = TRUE]
     [] name = "enter_rank" -> [s EXCEPT !.ranks = EnterRank(@, detail[1], detail[2]), !.puts = @ + 1]
+    [] name = "remove_rank" ->
+         LET ranks == {entry \in s.ranks : entry[1] # detail[1]}
+         IN [s EXCEPT !.ranks = ranks, !.puts = IF ranks = {} \/ @ = 0 THEN 0 ELSE @ - 1]
     [] name = "enter_dp_rank" -> [s EXCEPT !.rank = detail]
     [] name = "resolve_zero" -> [s EXCEPT !.rank = <<0>>]
     [] name = "resolve_by_room" -> [s EXCEPT !.rank = <<detail[3]>>]

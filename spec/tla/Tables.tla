@@ -376,13 +376,17 @@ Role_registry == [
   states |-> {"Empty", "Partial", "Ready"},
   initial |-> "Empty",
   terminal |-> {},
-  facts |-> {"RankRegistered", "RouteRequested"},
+  facts |-> {"RankRegistered", "RouteRequested", "RankUnregistered"},
   rows |-> <<
     [from |-> {"Empty", "Partial", "Ready"}, fact |-> "RankRegistered", to |-> "Ready", guards |-> <<"registration_completes">>, update |-> <<"enter_rank">>, actions |-> <<<<"AnswerRoute", "None">>>>, when |-> <<>>, cause |-> "None"], \* PROTOCOL 6
     [from |-> {"Empty", "Partial"}, fact |-> "RankRegistered", to |-> "Partial", guards |-> <<>>, update |-> <<"enter_rank">>, actions |-> <<<<"AnswerRoute", "None">>>>, when |-> <<>>, cause |-> "None"], \* PROTOCOL 6
     [from |-> {"Empty", "Partial"}, fact |-> "RouteRequested", to |-> "=", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"AnswerNotReady", "None">>>>, when |-> <<>>, cause |-> "None"], \* B44
     [from |-> {"Ready"}, fact |-> "RouteRequested", to |-> "=", guards |-> <<"rank_is_known">>, update |-> <<>>, actions |-> <<<<"AnswerRoute", "None">>>>, when |-> <<>>, cause |-> "None"],
-    [from |-> {"Ready"}, fact |-> "RouteRequested", to |-> "=", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"AnswerUnknownRank", "None">>>>, when |-> <<>>, cause |-> "None"] \* C1
+    [from |-> {"Ready"}, fact |-> "RouteRequested", to |-> "=", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"AnswerUnknownRank", "None">>>>, when |-> <<>>, cause |-> "None"], \* C1
+    [from |-> {"Partial", "Ready"}, fact |-> "RankUnregistered", to |-> "=", guards |-> <<"a_later_life_is_listed">>, update |-> <<>>, actions |-> <<<<"AnswerStale", "None">>>>, when |-> <<>>, cause |-> "None"], \* a predecessor's late goodbye
+    [from |-> {"Partial", "Ready"}, fact |-> "RankUnregistered", to |-> "Empty", guards |-> <<"is_the_last_rank">>, update |-> <<"remove_rank">>, actions |-> <<<<"AnswerRoute", "None">>>>, when |-> <<>>, cause |-> "None"], \* planned scale-down
+    [from |-> {"Partial", "Ready"}, fact |-> "RankUnregistered", to |-> "Partial", guards |-> <<"rank_is_listed">>, update |-> <<"remove_rank">>, actions |-> <<<<"AnswerRoute", "None">>>>, when |-> <<>>, cause |-> "None"], \* planned scale-down
+    [from |-> {"Empty", "Partial", "Ready"}, fact |-> "RankUnregistered", to |-> "=", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"AnswerUnknownRank", "None">>>>, when |-> <<>>, cause |-> "None"]
   >>,
   ignored |-> <<>>,
   illegal |-> <<

@@ -100,6 +100,22 @@ def test_the_registry_is_ready_when_every_rank_is_there() -> None:
     )
 
 
+def test_a_rank_that_leaves_on_purpose_is_no_longer_listed() -> None:
+    one, both, later = (("tp0", 0),), (("tp0", 0), ("tp1", 0)), (("tp0", 0), ("tp1", 1))
+    tell(
+        REFERENCE,
+        "registry",
+        ("RankUnregistered", ("tp0", 0), Registry(), "AnswerUnknownRank"),
+        ("RankRegistered", ("tp0", 0, 2), Registry("Partial", one, 1), "AnswerRoute"),
+        ("RankRegistered", ("tp1", 0, 2), Registry("Ready", both, 2), "AnswerRoute"),
+        ("RankUnregistered", ("tp2", 0), Registry("Ready", both, 2), "AnswerUnknownRank"),
+        ("RankRegistered", ("tp1", 1, 2), Registry("Ready", later, 3), "AnswerRoute"),
+        ("RankUnregistered", ("tp1", 0), Registry("Ready", later, 3), "AnswerStale"),  # its predecessor's goodbye
+        ("RankUnregistered", ("tp1", 1), Registry("Partial", one, 2), "AnswerRoute"),
+        ("RankUnregistered", ("tp0", 0), Registry(), "AnswerRoute"),
+    )
+
+
 def test_sglang_counts_puts_so_a_repeated_one_makes_the_registry_ready_too_early() -> None:
     """C1: one rank registers twice, the other is answered 404."""
     once = (("tp0", 0),)

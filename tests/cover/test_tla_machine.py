@@ -59,6 +59,7 @@ DETAILS: dict[str, dict[str, list[Any]]] = {
     "registry": {
         "RankRegistered": [("tp0", 0, 2), ("tp1", 0, 2), ("tp1", 1, 2), ("tp0", 2, 3)],
         "RouteRequested": [None, "tp0", "tp2"],
+        "RankUnregistered": [("tp0", 0), ("tp1", 1)],
     },
     "dp_entry": {"DpRankRegistered": [0, 1]},
     "resolution": {

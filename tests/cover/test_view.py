@@ -42,6 +42,7 @@ DETAILS: dict[str, dict[str, list[Any]]] = {
     "registry": {
         "RankRegistered": [("tp0", 0, 2), ("tp0", 1, 2), ("tp1", 0, 2)],
         "RouteRequested": [None, "tp0", "tp1"],
+        "RankUnregistered": [("tp0", 0), ("tp1", 0)],
     },
     "dp_entry": {"DpRankRegistered": [0, 1]},
     "resolution": {
