@@ -72,12 +72,13 @@ class Plan(NamedTuple):
 
     def pieces(self, bytes_most: int, ranges_most: int) -> Iterator[Plan]:
         """The plan in pieces of at most ``bytes_most`` bytes (longer ranges are cut) and ``ranges_most`` ranges."""
-        cut = _cut(self, bytes_most)
+        step = max(1, bytes_most // 4)
+        cut = _cut(self, step)
         if not len(cut.nbytes):
             return
-        # A piece begins where the running total enters a new slot of half the limit; a range is at most that long,
-        # so no piece is longer than the limit.
-        slot = (np.cumsum(cut.nbytes) - cut.nbytes) // max(1, bytes_most // 2)
+        # A piece begins where the running total enters a new slot of three quarters of the limit; the range that
+        # sticks out of its slot is at most a quarter long, so no piece is longer than the limit.
+        slot = (np.cumsum(cut.nbytes) - cut.nbytes) // max(1, bytes_most - step)
         edges = np.flatnonzero(slot[1:] != slot[:-1]) + 1
         bounds = np.union1d(edges, np.arange(0, len(slot) + ranges_most, ranges_most).clip(max=len(slot)))
         for begin, end in pairwise(bounds.tolist()):
@@ -107,9 +108,8 @@ def plan_of(copies: Copies, source: Space, target: Space) -> Plan:
     return Plan(address[heads], to[heads], np.add.reduceat(nbytes, heads), to_region[heads])
 
 
-def _cut(plan: Plan, bytes_most: int) -> Plan:
-    """The plan with no range above half of ``bytes_most`` (at least one byte)."""
-    step = max(1, bytes_most // 2)
+def _cut(plan: Plan, step: int) -> Plan:
+    """The plan with no range longer than ``step``."""
     counts = -(-plan.nbytes // step)
     if not (counts > 1).any():
         return plan
