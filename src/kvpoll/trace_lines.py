@@ -123,7 +123,10 @@ def _tuples() -> Decode:
     hints = {event_type: _hints(event_type) for event_type in EVENTS.values()}
 
     def decode(line: bytes) -> Any:
-        event = trace.decode(line.decode())
+        try:
+            event = trace.decode(line.decode())
+        except (TypeError, AttributeError, IndexError, KeyError, RecursionError) as error:
+            raise ValueError(f"a field has the wrong form: {error}") from None
         for name, hint in hints[type(event)].items():
             value = getattr(event, name)
             if not _has_form(value, hint):

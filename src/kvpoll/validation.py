@@ -27,6 +27,12 @@ FORMATS: Final = ("auto", "kvpoll", "sglang")
 SGLANG: Final = "sglang-0.5.23"
 """The profile that an SGLang trace is judged by unless told otherwise."""
 
+OWN_WORD: Final[dict[str, list[Any]]] = {"Violated": []}
+"""What a recorded run said of itself is not evidence; nobody hears it."""
+
+ONE_RANK: Final = frozenset({"S2", "S3", "S4", "S8", "S10", "S12", "L5", "L6", "R1", "R2", "R3", "O1", "O2"})
+"""Invariants that the events of one rank decide. The others compare ranks, and need the trace of all of them."""
+
 TICK: Final = 1 << 16
 """Lines between two calls of ``progress``."""
 
@@ -95,11 +101,16 @@ class Enough(Exception):
 
 @dataclass
 class Asked:
-    """How a trace is to be judged. ``profile`` None: that of the trace. ``only`` None: every invariant."""
+    """How a trace is to be judged. ``profile`` None: that of the trace. ``only`` None: every invariant.
+
+    part: the trace holds some of the ranks only, so only ONE_RANK is judged. news_only: it leaves out steps that
+    move nothing to be seen. findings_max: stop after so many (0: never).
+    """
 
     profile: str | None = None
     format: str = "auto"
     news_only: bool = False
+    part: bool = False
     only: tuple[str, ...] | None = None
     findings_max: int = 0
 
@@ -126,13 +137,17 @@ class Trial:
         self._current: Any = None
         self._stream = Stream()
         self._stream.subscribe(Violated, self._violated)
-        self._watch = Watch(self._stream, protocol.bounds, asked.only)
-        self._judge: RoomJudge | SglangJudge
+        self._part = asked.part or self.header.get("part") is True
+        self._only = asked.only
+        if self._part:
+            self._only = tuple(sorted(ONE_RANK if asked.only is None else ONE_RANK & set(asked.only)))
+        self._watch = Watch(self._stream, protocol.bounds, self._only)
+        self.judge: RoomJudge | SglangJudge
         if self.format == "kvpoll":
             self._news = asked.news_only or self.header.get("steps") == "news"
-            self._judge = RoomJudge(protocol, self.profile, self._news)
+            self.judge = RoomJudge(protocol, self.profile, self._news)
         else:
-            self._judge = SglangJudge(protocol, self.profile, self._tell)
+            self.judge = SglangJudge(protocol, self.profile, self._tell)
 
     def _profile(self) -> Profile:
         """The profile that was asked for, or the one that the trace was recorded under."""
@@ -152,10 +167,10 @@ class Trial:
         """
         verdict = self.verdict
         try:
-            if isinstance(self._judge, RoomJudge):
-                self._judge_ours(self._judge, progress)
+            if isinstance(self.judge, RoomJudge):
+                self._judge_ours(self.judge, progress)
             else:
-                self._judge_sglang(self._judge, progress)
+                self._judge_sglang(self.judge, progress)
         except READING_ERRORS as error:
             where = f"{self.name}:{self._line + 1}"
             raise TraceError(f"{where}: cannot be read on: {error}; the file may be cut off") from None
@@ -173,12 +188,12 @@ class Trial:
     # -- what is found
 
     def _violated(self, violated: Violated) -> None:
-        if self.asked.only is None or violated.invariant in self.asked.only:
+        if self._only is None or violated.invariant in self._only:
             self._by_rows[violated.invariant] = self._by_rows.get(violated.invariant, 0) + 1
             if violated.invariant not in self.verdict.broken:
                 number = None if violated.pair is None else violated.pair[0]
-                context = () if number is None else self._judge.context(violated.node, number)
-                event = None if self._current is None else self._judge.told(self._current)
+                context = () if number is None else self.judge.context(violated.node, number)
+                event = None if self._current is None else self.judge.told(self._current)
                 self.verdict.broken[violated.invariant] = Broken(self._line, violated, event, context)
             self._count()
 
@@ -202,7 +217,7 @@ class Trial:
 
     def _judge_ours(self, judge: RoomJudge, progress: Callable[[], None]) -> None:
         name, decode, watch = self.name, decoder(), self._watch
-        heard = _ByType({kind: self._stream.observers[event_type] for kind, event_type in EVENTS.items()})
+        heard = _ByType({kind: self._stream.observers[event_type] for kind, event_type in EVENTS.items()} | OWN_WORD)
         judged = _ByType(self._judged(judge))
         last = t = float("-inf")
         for number, line in enumerate(self._lines, start=self._number + 1):
@@ -214,7 +229,9 @@ class Trial:
                 raise complain(line, f"{name}:{number}", error) from None
             t = event.t
             if t < last:
-                raise TraceError(f"{name}:{number}: time {t} is before {last}; a trace is in order of time")
+                raise TraceError(
+                    f"{name}:{number}: time {float(t)} is before {float(last)}; a trace is in order of time"
+                )
             last = t
             self._line = number
             if t > watch.due:
@@ -242,6 +259,8 @@ class Trial:
         notes = self.verdict.notes
         if self._news:
             notes.append("only news was recorded: what a room did not show was taken as it suits")
+        if self._part:
+            notes.append("the trace holds some of the ranks only: invariants that compare ranks were not judged")
         if judge.taken_up:
             notes.append(f"{judge.taken_up:,} rooms were under way when the trace began")
         if self.header.get("spec") not in (None, self.protocol.digest):

@@ -29,7 +29,7 @@ from kvpoll.spec.trace import new_event
 from kvpoll.spec.vocabulary import Fact, Incarnation
 from kvpoll.statemachine.judge.departure import Change, Departures
 from kvpoll.statemachine.judge.finding import Finding, Told
-from kvpoll.statemachine.judge.rows import UNFIT, Witness, ordered, said_of_fact, state_of, ways_on
+from kvpoll.statemachine.judge.rows import UNFIT, Witness, is_fit, ordered, said_of_fact, state_of, ways_on
 from kvpoll.statemachine.machine import ABSENT, IllegalFact, Local, Room, RoomMachine
 
 CONTEXT: Final = 4
@@ -38,14 +38,8 @@ CONTEXT: Final = 4
 REMEMBERED_ROOMS: Final = 4096
 """Rooms of which the judge remembers those events."""
 
-BITS_MAX: Final = 4096
-"""Largest index of a peer rank; a trace that names a higher one is not worth the memory of its mask."""
-
 UNKNOWN: Final = 64
 """More responses than any rank waits for: the rest of a room that still needs some."""
-
-INDEXED: Final = frozenset({"DestinationRegistered", "StatusReceived", "PeerAborted", "AbortAcknowledged"})
-"""Facts whose detail begins with the index of a peer rank; a mask, or a count, begins the others."""
 
 KIND: Final = operator.itemgetter(0)
 
@@ -139,11 +133,7 @@ class RoomJudge:
 
     def _fits(self, fact: str, detail: Any) -> bool:
         """May the detail be offered to a guard? Keeps what it has seen, so that each is looked at once."""
-        parts = detail if isinstance(detail, tuple) else (detail,)
-        numbers = [part for part in parts if isinstance(part, int)]
-        if any(isinstance(part, float | list | dict) for part in parts) or any(number < 0 for number in numbers):
-            return False
-        if numbers and (numbers[0] > BITS_MAX if fact in INDEXED else numbers[0].bit_length() > BITS_MAX):
+        if not is_fit(fact, detail):
             return False
         if len(self._fit) > REMEMBERED_ROOMS:
             self._fit.clear()
@@ -156,12 +146,15 @@ class RoomJudge:
         unfit = not self._fits(event.fact, event.detail)
         known = number in self._rooms[node]
         loose = (node, number) in self._loose or self._news_only
+        starts = [room]
         if not known and node not in self._started and event.poll_before != "Absent":
             self.taken_up += 1
             self._loose.add((node, number))
-            room, loose = _claimed(room, event, before=True), True
+            starts = list(_under_way(room, event))
+            room, loose = starts[0], True
         if not unfit:
-            starts = list(possible(event.role, room, event)) if loose else [room]
+            if loose:
+                starts = [each for start in starts for each in possible(event.role, start, event)]
             for start in starts:
                 after = _explained(machine, start, event)
                 if after is not None:
@@ -308,6 +301,15 @@ def _claimed(room: Room, event: Any, before: bool = False) -> Room:
         return Room(event.incarnation, ABSENT)
     cause = event.cause if poll in ("Failed", "Retired") else None
     return Room(event.incarnation, room.local._replace(poll=poll, lease=lease, cause=cause))
+
+
+def _under_way(room: Room, event: Any) -> Iterator[Room]:
+    """A room that is older than the trace, before its first event there; it may have been an earlier attempt's."""
+    claimed = _claimed(room, event, before=True)
+    yield claimed
+    own = event.incarnation
+    if own == event.fact_incarnation and own.attempt > 0 and event.poll_before in ("Retired", "Announced"):
+        yield claimed._replace(incarnation=own._replace(attempt=own.attempt - 1))
 
 
 def possible(role: str, room: Room, event: Any) -> Iterator[Room]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from kvpoll.spec.protocol import SAME, Joint, Profile, Role, Row
 from kvpoll.statemachine.guards import GUARDS
@@ -10,6 +10,23 @@ from kvpoll.statemachine.machine import IllegalFact, Local, Machine
 
 UNFIT = (TypeError, ValueError, IndexError, AttributeError, OverflowError)
 """What a guard or an update raises when a trace gives a fact a detail that it cannot have."""
+
+BITS_MAX: Final = 4096
+"""Largest index of a peer rank; a trace that names a higher one is not worth the memory of its mask."""
+
+INDEXED: Final = frozenset({"DestinationRegistered", "StatusReceived", "PeerAborted", "AbortAcknowledged"})
+"""Facts whose detail begins with the index of a peer rank; a mask, or a count, begins the others."""
+
+
+def is_fit(fact: str, detail: Any) -> bool:
+    """May a detail that somebody else wrote be offered to guards and updates? They count bits, and trust numbers."""
+    parts = detail if isinstance(detail, tuple) else (detail,)
+    numbers = [part for part in parts if isinstance(part, int)]
+    if any(isinstance(part, float | list | dict) for part in parts) or any(number < 0 for number in numbers):
+        return False
+    if not numbers:
+        return True
+    return numbers[0] <= BITS_MAX if fact in INDEXED else numbers[0].bit_length() <= BITS_MAX
 
 
 class Witness(Machine):
@@ -22,6 +39,8 @@ class Witness(Machine):
     def rows_of_step(self, local: Local, fact: str, detail: Any) -> list[Row]:
         """The rows that one step takes, in order; empty when the fact is ignored, illegal or unfit."""
         self.rows = []
+        if not is_fit(fact, detail):
+            return []
         try:
             self._step(local, fact, detail)
         except (IllegalFact, *UNFIT):
@@ -47,6 +66,8 @@ def said_of_fact(role: Role, profile: Profile, local: Local, fact: str, detail: 
     """What the profile makes of a fact in a state: one line."""
     if fact not in role.table.facts:
         return f"{fact}: a {role.name} knows no such fact"
+    if not is_fit(fact, detail):
+        return f"{fact}: cannot have such a detail"
     machine = Machine(role, profile)
     try:
         after, orders = machine.step(local, fact, detail)

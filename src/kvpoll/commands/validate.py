@@ -37,6 +37,9 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--news-only", action="store_true", help="the trace leaves out steps that move neither poll nor lease"
     )
+    parser.add_argument(
+        "--part", action="store_true", help="the trace holds some of the ranks only: judge what one rank decides"
+    )
     parser.add_argument("--max-violations", metavar="N", type=counted, help="stop after N findings (default: read on)")
     add_spec(parser)
 
@@ -70,7 +73,14 @@ def asked_of(arguments: argparse.Namespace) -> Asked:
         if name not in INVARIANTS:
             raise BadInput(f"{name!r} is not an invariant{nearest(name.upper(), INVARIANTS)}")
     only = () if arguments.no_invariants else None if arguments.only is None else tuple(arguments.only)
-    return Asked(arguments.profile, arguments.format, arguments.news_only, only, arguments.max_violations or 0)
+    return Asked(
+        arguments.profile,
+        arguments.format,
+        arguments.news_only,
+        arguments.part,
+        only,
+        arguments.max_violations or 0,
+    )
 
 
 def line_of(arguments: argparse.Namespace, profile: str) -> str:
@@ -80,6 +90,7 @@ def line_of(arguments: argparse.Namespace, profile: str) -> str:
     for name in arguments.only or ():
         words += ["--invariant", name]
     words += ["--no-invariants"] * arguments.no_invariants + ["--news-only"] * arguments.news_only
+    words += ["--part"] * arguments.part
     if arguments.max_violations is not None:
         words += ["--max-violations", str(arguments.max_violations)]
     if arguments.spec is not None:
