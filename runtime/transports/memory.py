@@ -101,7 +101,8 @@ class Fabric:
         self._moves: list[Move] = []
         self._posts: dict[str, int] = {}
 
-    def __len__(self) -> int:
+    @property
+    def under_way(self) -> int:
         """Writes under way, held ones included."""
         return len(self._moves)
 
