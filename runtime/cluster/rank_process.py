@@ -123,6 +123,8 @@ class RankProcess:
             self._begin(content["origin"], content["directory"])
         elif message.kind == "quit":
             self.station.loop.stop()
+        elif message.kind == "speed":
+            self.station.loop.change_speed(content["at"], content["speed"])
         elif message.kind == "pace":
             self.engine.slowdown = content["factor"]
         elif self.host.rank is not None:
@@ -140,6 +142,10 @@ class RankProcess:
             if entry is not None and entry.rejected is None:
                 host.mark(host.node, f"staged:{content['cause']}")
                 rank.deliver("AbortRequested", entry.incarnation, content["cause"])
+        elif kind == "halt":
+            self.halts.append(content)
+            if self._halt not in host.emitted:
+                host.emitted.append(self._halt)
         elif kind == "fail_allocations":
             rank.kv.fail_next = content["count"]
         elif kind == "survey":

@@ -65,6 +65,8 @@ class ServerProcess:
                 self.server.start()
             elif message.kind == "quit":
                 self.station.loop.stop()
+            elif message.kind == "speed":
+                self.station.loop.change_speed(content["at"], content["speed"])
             elif message.kind == "disturb":
                 self.slow_s, self.error_share = content["slow_s"], content["error_share"]
 

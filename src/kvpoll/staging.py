@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from kvpoll.runtime.cluster.config import Lengths
 from kvpoll.runtime.cluster.launcher import Launcher, Plan, RealRank
@@ -21,7 +21,7 @@ from kvpoll.runtime.cluster.merge import merged
 from kvpoll.runtime.cluster.rank_process import matches
 from kvpoll.runtime.pools.layout import Layout
 from kvpoll.sim.faults import EFFECTS, Fault, Injector
-from kvpoll.sim.run import PROBE, PROBE_GAP_S, Outcome
+from kvpoll.sim.run import PROBE, PROBE_GAP_S, Outcome, Recorder
 from kvpoll.sim.scenario import Scenario
 from kvpoll.sim.workload import Arrival
 from kvpoll.spec.invariants import Watch
@@ -58,6 +58,7 @@ class Staging:
     rules: dict[str, Any] | None = None
     base: str | None = None
     collect: list[Any] | None = None
+    trace: IO[str] | None = None
     progress: Callable[[float, float], None] | None = None
 
     def __call__(self) -> Outcome:
@@ -109,18 +110,28 @@ class Staging:
         return Plan(
             prefill=shapes[0], decode=shapes[1], lengths=lengths, layout=replace(layout, layers=layers),
             profile=self.base or self.profile.name, rules=self.rules or {}, spec=self.spec,
-            seed=str(self.seed), speed=self.speed, transport=self.transport, folder=folder,
+            seed=str(self.scenario.seed + self.seed), speed=self.speed, transport=self.transport, folder=folder,
             halts=tuple(dict(fault.trigger) for fault in self.scenario.faults if fault.trigger is not None),
         )  # fmt: skip
 
     def _arrivals(self, launcher: Launcher) -> list[Arrival]:
         return self.scenario.workload(launcher.chance("workload"), self.scenario.timing.hostile_s)
 
+    def _header(self) -> dict[str, Any]:
+        """What the merged trace says of itself."""
+        return {
+            "kvpoll_trace": 1, "spec": self.protocol.digest, "scenario": self.scenario.name,
+            "scenario_digest": self.scenario.digest, "title": self.scenario.title, "profile": self.profile.name,
+            "seed": self.seed, "repeat": self.line, "real": True, "transport": self.transport, "speed": self.speed,
+        }  # fmt: skip
+
     def _judged(self, launcher: Launcher, stage: Stage, ended_s: float, interrupted: bool, began: float) -> Outcome:
         if launcher.unexpected:
             raise BadInput(f"{self.scenario.path}: staging failed: {launcher.unexpected[0]}")
         stream, marks, events = Stream(), dict(launcher.marks), 0
         watch = Watch(stream, self.protocol.bounds)
+        if self.trace is not None:
+            Recorder(stream, self._header(), self.trace)
         ttft_s: list[float] = []
         for event in merged(launcher.traces):
             events += 1
