@@ -52,7 +52,8 @@ class Shape(msgspec.Struct, frozen=True):
 
 class ProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What every process needs. launcher: endpoint of the launcher. origin: monotonic seconds of the trace's start;
-    None in a first life, which begins when the launcher says so and is told the origin then.
+    None in a first life, which begins when the launcher says so and is told the origin then. control_port: where the
+    former life listened, 0 in a first one.
     """
 
     node: str
@@ -64,6 +65,7 @@ class ProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
     rules: dict[str, Value]
     spec: str | None
     trace: str | None
+    control_port: int = 0
 
 
 class ServerConfig(ProcessConfig, frozen=True, tag="server", kw_only=True):

@@ -1,8 +1,9 @@
 """One trace from those of all processes of a cluster.
 
-All clocks are the machine's monotonic one, so the lines are merged by time. Two things only the whole can say are put
-right on the way: the process epoch that a peer really had when metadata was addressed to it, and one serial for each
-message, which its sender and its receiver numbered by channel.
+All clocks are the machine's monotonic one, so the lines are merged by time. Three things only the whole can say are put
+right on the way: the process epoch that a peer really had when metadata was addressed to it, one serial for each
+message, which its sender and its receiver numbered by channel, and one number for each write, of which every life of
+every writer has its own first (S1 would take the second for a repeat of the first, and settle it).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from kvpoll.spec.trace import (
     Lost,
     NodeStarted,
     Sent,
+    WriteLanded,
+    WritePosted,
+    WriteSettled,
     decode,
     read_header,
 )
@@ -28,7 +32,8 @@ def merged(paths: Sequence[Path]) -> Iterator[Any]:
     """The events of all traces in order of time. Raises TraceError for a line that is none, unless it was cut."""
     lives: dict[str, int] = {}
     serials: dict[tuple[str, str, int], int] = {}
-    for event in heapq.merge(*map(_events, paths), key=lambda event: event.t):
+    writes: dict[tuple[Path, int], int] = {}
+    for event in heapq.merge(*(_numbered(path, writes) for path in paths), key=lambda event: event.t):
         if isinstance(event, NodeStarted):
             lives[engine_of(event.node)] = event.epoch
         elif isinstance(event, Addressed):
@@ -39,6 +44,14 @@ def merged(paths: Sequence[Path]) -> Iterator[Any]:
         elif isinstance(event, Delivered | Lost):
             channel = (event.sender, event.node, event.serial)
             event = event._replace(serial=serials.setdefault(channel, len(serials)))
+        yield event
+
+
+def _numbered(path: Path, writes: dict[tuple[Path, int], int]) -> Iterator[Any]:
+    """The events of one life of one process, whose writes get numbers that no other life has used."""
+    for event in _events(path):
+        if isinstance(event, WritePosted | WriteLanded | WriteSettled):
+            event = event._replace(write=writes.setdefault((path, event.write), len(writes) + 1))
         yield event
 
 

@@ -17,12 +17,14 @@ from kvpoll.runtime.control.plane import ControlPlane
 from kvpoll.runtime.loop import Loop
 from kvpoll.runtime.trace_file import TraceFile
 from kvpoll.spec.protocol import Profile, Protocol, load
+from kvpoll.spec.source import BadInput
 from kvpoll.spec.trace import NodeStarted
 
 LAUNCHER: Final = "R"
 """The launcher's node name: it is the router of the cluster too."""
 
 _json: Final = msgspec.json.Encoder().encode
+_log: Final = logging.getLogger("kvpoll.runtime")
 
 
 def profile_of(config: ProcessConfig, protocol: Protocol) -> Profile:
@@ -38,7 +40,7 @@ class Station:
         self.config = config
         self.protocol = load(Path(config.spec)) if config.spec is not None else load()
         self.profile = profile_of(config, self.protocol)
-        self.plane = ControlPlane(config.node, config.epoch)
+        self.plane = listen(config)
         self.loop = Loop(self.plane, config.origin, config.speed)
         self.trace: TraceFile | None = None
         if config.trace is not None:
@@ -71,6 +73,17 @@ class Station:
         self.plane.close(linger_s=0.2)
         if self.trace is not None:
             self.trace.close()
+
+
+def listen(config: ProcessConfig) -> ControlPlane:
+    """The control plane, at the address of the former life as a restarted server is; elsewhere if that was taken."""
+    try:
+        return ControlPlane(config.node, config.epoch, port=config.control_port)
+    except BadInput as error:
+        if not config.control_port:
+            raise
+        _log.warning("%s: %s; listening elsewhere", config.node, error)
+        return ControlPlane(config.node, config.epoch)
 
 
 def stand_still() -> None:
