@@ -50,6 +50,7 @@ DIRECTIONS: Final = ("pull", "push")
 BACKENDS: Final = ("cuda", "host")
 DIAL_S: Final = 5.0
 PULL_CLOSING_S: Final = 0.5
+CHANNEL_CLOSING_S: Final = 0.2
 
 
 class Descriptor(msgspec.Struct):
@@ -239,6 +240,8 @@ class CudaIpcTransport(EngineTransport):
             channels, self._channels = self._channels, []
         for channel in channels:
             channel.close()
+        for channel in channels:
+            channel.join(CHANNEL_CLOSING_S)
 
 
 _STILL_PULLING: list[CudaIpcTransport] = []

@@ -135,6 +135,11 @@ class Channel:
             self._closed = True
             os.eventfd_write(self._alarm, 1)
 
+    def join(self, limit_s: float) -> None:
+        """Wait for the thread of a closed channel; not from that thread itself, which is on its way out."""
+        if self.thread is not threading.current_thread():
+            self.thread.join(limit_s)
+
     def _serve(self) -> None:
         dead = False
         try:

@@ -10,13 +10,14 @@ import contextlib
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 
-from kvpoll.runtime.transports.gather_scatter import Plan
+from kvpoll.runtime.transports.gather_scatter import Plan, cut
 from kvpoll.runtime.transports.gather_scatter_tables import copy_by_memmove, copy_by_torch
 from kvpoll.runtime.transports.interface import Region, TransportError
 from kvpoll.spec.source import BadInput
@@ -232,6 +233,11 @@ class CudaDevice:
         """Compile the kernel now, not with the first copy. Raises what goes wrong if it was asked for by name."""
         self._settle_kernel()
 
+    @property
+    def kernel_name(self) -> str:
+        """What copies, once the first copy was made: "triton", or "torch" for the reason in ``kernel_reason``."""
+        return "triton" if self._launch is not None else "torch"
+
     def _settle_kernel(self) -> None:
         """Compile the kernel with a copy of 16 bytes, once, and decide by its result."""
         with self._settled:
@@ -282,7 +288,7 @@ class HostDevice:
     """Host memory in place of a GPU: copies happen when they are asked after, while ``gate`` is open.
 
     So a copy that was started is in flight for as long as the gate is shut, as a launched kernel is until its event
-    completes, and like a kernel it cannot be called back.
+    completes, and like a kernel it cannot be called back. ``bytes_per_s``: how fast it is; None for all at once.
     """
 
     kind = "host"
@@ -290,6 +296,7 @@ class HostDevice:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.bytes_per_s: float | None = None
         self.copies_started = 0
 
     def own(self, regions: Sequence[Region]) -> list[Mapped]:
@@ -331,16 +338,33 @@ class HostDevice:
         """In flight from now on."""
         del after
         self.copies_started += 1
-        return [ranges, (list(sources), list(targets))]
+        return _HostCopy(ranges, self.bytes_per_s), list(sources), list(targets)  # mappings stay while it is under way
 
     def finished(self, ticket: Any) -> bool:
-        """Copies if the gate is open and it has not yet."""
-        if not self.gate.is_set():
-            return False
-        if ticket:
-            copy_by_memmove(ticket[0])
-            ticket.clear()
-        return True
+        """Copies, if the gate is open, what should have been copied by now; True when that is everything."""
+        return self.gate.is_set() and ticket[0].go_on()
+
+
+class _HostCopy:
+    """A copy of the host's that takes its time."""
+
+    def __init__(self, ranges: Plan, bytes_per_s: float | None) -> None:
+        self._pieces = cut(ranges, 1, _HOST_PIECE_BYTES)
+        self._rate = bytes_per_s or 1e18
+        self._began = time.monotonic()
+        self._copied = 0
+
+    def go_on(self) -> bool:
+        while self._copied <= (time.monotonic() - self._began) * self._rate:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return True
+            copy_by_memmove(piece)
+            self._copied += piece.total
+        return False
+
+
+_HOST_PIECE_BYTES = 64 << 10
 
 
 def _line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from kvpoll.runtime.transports.cuda_ipc_channel import Channel, Ended, Order
 from kvpoll.runtime.transports.cuda_ipc_device import Device, Mapped
+from kvpoll.runtime.transports.engine_writes import PAUSE_MIN_S, PAUSE_SHARE
 from kvpoll.runtime.transports.gather_scatter import BadRange, Plan, Space, plan
 from kvpoll.runtime.transports.interface import Copies
 
@@ -23,7 +24,7 @@ REVOKED_MAX: Final = 1 << 16
 """Incarnations whose orders are refused; the oldest are forgotten, long after their writers were told."""
 
 DEPTH: Final = 64
-PAUSE_S: Final = (0.00005, 0.002)
+PAUSE_MAX_S: Final = 0.002
 REVOKE_WAIT_S: Final = 0.05
 
 
@@ -38,6 +39,7 @@ class _Running(NamedTuple):
     channel: Channel
     order: Order
     ticket: Any
+    begun: float
 
 
 class Puller:
@@ -117,7 +119,6 @@ class Puller:
             channel.send(Ended(order.number, reason))
 
     def _pull(self) -> None:
-        pause = PAUSE_S[0]
         while True:
             with self._changed:
                 while not (self._closed or self._waiting or self._running or self._dead):
@@ -127,11 +128,10 @@ class Puller:
             moved = self._begin_next()
             moved |= self._look()
             self._bury()
-            pause = PAUSE_S[0] if moved else min(2 * pause, PAUSE_S[1])
-            if not moved:
-                with self._changed:
-                    if self._running:
-                        self._changed.wait(pause)
+            with self._changed:
+                if self._running and not moved:
+                    age = time.monotonic() - max(running.begun for running in self._running)
+                    self._changed.wait(min(PAUSE_MAX_S, max(PAUSE_MIN_S, age * PAUSE_SHARE)))
 
     def _begin_next(self) -> bool:
         with self._changed:
@@ -143,7 +143,7 @@ class Puller:
             else:
                 refusal = None
                 # Entered before it begins, so that a revocation from now on waits for it.
-                self._running.append(_Running(channel, order, None))
+                self._running.append(_Running(channel, order, None, 0.0))
         if refusal is not None:
             channel.send(Ended(order.number, refusal))
             return True
@@ -163,7 +163,7 @@ class Puller:
         with self._changed:
             self._running.pop()
             if ended is None:
-                self._running.append(_Running(channel, order, ticket))
+                self._running.append(_Running(channel, order, ticket, time.monotonic()))
             self._changed.notify_all()
         if ended is not None:
             channel.send(ended)

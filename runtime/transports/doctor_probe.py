@@ -254,16 +254,10 @@ def _use_pyzmq() -> str:
     return f"libzmq {zmq.zmq_version()}"
 
 
-def _use_matplotlib() -> str:
-    pictures: Any = importlib.import_module("matplotlib.figure")  # drawn without a screen
-    pictures.Figure().savefig(os.devnull, format="png")
-    return ""
-
-
 USES: Final[dict[str, Callable[[], str]]] = {
     "memory": _use_memory, "shm": _use_shm, "tcp": lambda: _use_plain("tcp"), "mooncake": _use_mooncake,
     "nixl": lambda: _use_plain("nixl"), "cuda_ipc": _use_cuda_ipc, "torch": _use_torch, "CUDA": _use_cuda,
-    "triton": _use_triton, "msgspec": _use_msgspec, "pyzmq": _use_pyzmq, "matplotlib": _use_matplotlib,
+    "triton": _use_triton, "msgspec": _use_msgspec, "pyzmq": _use_pyzmq,
 }  # fmt: skip
 """How each is used; what is not here is used by being imported."""
 

@@ -20,12 +20,14 @@ from typing import Any, Final, Protocol
 
 from kvpoll.runtime.transports.interface import DONE, PENDING, Progress, Tag, Wake
 
-PAUSE_MIN_S: Final = 0.0001
+PAUSE_MIN_S: Final = 0.00002
 PAUSE_MAX_S: Final = 0.005
-"""Between two looks at what is in flight. Never a busy loop: on few cores it starves the engine's own threads."""
+PAUSE_SHARE: Final = 1 / 16
+"""Between two looks at what is in flight: this share of the time that it has taken so far, so that the end is seen
+soon after it has come, and never a busy loop: on few cores that starves the engine's own threads."""
 
 PAUSE_LOST_S: Final = 0.1
-"""The same when all that is in flight belongs to writes that have failed: only a late drain is awaited."""
+"""The longest pause when all that is in flight belongs to writes that have failed: only a late drain is awaited."""
 
 CLOSING_S: Final = 1.0
 """How long ``close`` waits for threads that an engine may be holding; they are daemons, and stay behind if need be."""
@@ -247,14 +249,15 @@ class WriteBook:
 
 
 class _Flight:
-    """A part that the engine holds."""
+    """A part that the engine holds, and since when."""
 
-    __slots__ = ("given_up", "ticket", "write")
+    __slots__ = ("begun", "given_up", "ticket", "write")
 
     def __init__(self, write: Write, ticket: Any) -> None:
         self.write = write
         self.ticket = ticket
         self.given_up = False
+        self.begun = time.monotonic()
 
 
 class Lane:
@@ -320,11 +323,11 @@ class Lane:
             self.carrier.open()
         except Exception as error:  # an engine raises what it likes; no peer may end this process
             self.retire(f"the peer cannot be opened: {_line(error)}")
-        pause = PAUSE_MIN_S
         while self._wait():
             moved = self._begin_next()
             moved |= self._look()
-            pause = PAUSE_MIN_S if moved else self._rest(pause)
+            if not moved:
+                self._rest()
         with self.book.lock:
             if not self.book.closed:  # retired: ``close`` has no thread to wait for
                 self.book.lanes.remove(self)
@@ -342,12 +345,13 @@ class Lane:
                 self.changed.wait()
             return False
 
-    def _rest(self, pause: float) -> float:
+    def _rest(self) -> None:
         with self.book.lock:
-            lost = all(flight.write.state != "pending" for flight in self._flying)
-            if self._flying and not self.book.closed:
-                self.changed.wait(max(pause, PAUSE_LOST_S) if lost else pause)
-        return min(2 * pause, PAUSE_MAX_S)
+            if not self._flying or self.book.closed:
+                return
+            live = any(flight.write.state == "pending" for flight in self._flying)
+            age = time.monotonic() - max(flight.begun for flight in self._flying)
+            self.changed.wait(max(PAUSE_MIN_S, min(PAUSE_MAX_S if live else PAUSE_LOST_S, age * PAUSE_SHARE)))
 
     def _begin_next(self) -> bool:
         """Give the engine the next part of the first write that has one, if it may hold one more."""

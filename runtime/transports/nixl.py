@@ -8,6 +8,8 @@ What was measured (ENGINES 1, 4) and what is done about it:
 - ``transfer`` may raise, or copy everything before it returns (shm): it is called by the peer's own thread.
 - Without its progress thread a target that is busy in Python receives nothing: the thread is always on.
 - UCX listens on every device unless told: ``UCX_NET_DEVICES`` is lo and ``UCX_TLS`` tcp, where not set already.
+
+Host memory is what it was tried with; CUDA memory is passed on as VRAM and needs ``tls="cuda_ipc,cuda_copy,tcp"`` or so.
 """
 
 from __future__ import annotations

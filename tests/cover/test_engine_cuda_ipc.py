@@ -151,6 +151,7 @@ def test_the_deadline_fails_a_write_and_its_copy_drains_it(direction: str) -> No
         pair.copier.gate.clear()
         handle = pair.post()
         pair.becomes(handle, Progress("failed", False, "not placed after 0.05 s"))
+        assert not pair.owner.bytes.any()
         pair.copier.gate.set()
         pair.becomes(handle, Progress("failed", True, "not placed after 0.05 s"))
     finally:
