@@ -173,6 +173,9 @@ class ShmTransport:
         self._writes.fail_all("the transport is closed", drained=lambda write: quiet or not write.begun)
         if self._doorkeeper is not None:
             self._doorkeeper.close()
+        self._control = None
+        if quiet:  # else a thread may still read from them
+            self._regions = []
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):

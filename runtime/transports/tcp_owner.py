@@ -163,6 +163,8 @@ class Receiver:
             lane.end(0)
         for lane in lanes:
             lane.end(max(0.0, until_s - time.monotonic()))
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes its thread
         self._thread.join(max(0.1, until_s - time.monotonic()))
         self._listener.close()
 
