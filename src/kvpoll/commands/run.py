@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvpoll.commands import seeds
+from kvpoll.commands import real, seeds
 from kvpoll.commands.options import (
     Verbs,
     add_profile,
@@ -38,8 +39,11 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--seeds", metavar="N", type=counted, help="run N seeds, from --seed on, in several processes")
     parser.add_argument("--jobs", metavar="J", type=counted, help="processes for --seeds (default: one for each core)")
     parser.add_argument(
-        "--out", metavar="DIR", help="with --seeds: append to DIR/results.jsonl, and skip what is there"
+        "--out",
+        metavar="DIR",
+        help="with --seeds: append to DIR/results.jsonl, skip what is there; with --real: keep every trace",
     )
+    real.add_arguments(parser)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +90,9 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 def act(arguments: argparse.Namespace, screen: Screen) -> int:
     """One seed in full, or many with a line each."""
     plan = plan_of(arguments)
+    if arguments.real:
+        return status(real.act(plan, arguments, screen, partial(show, is_real=True)))
+    real.check_alone(arguments)
     if arguments.seeds is not None:
         if arguments.record is not None:
             raise BadInput("--record writes one trace; leave --seeds away")
@@ -99,7 +106,7 @@ def act(arguments: argparse.Namespace, screen: Screen) -> int:
     if arguments.json:
         screen.json(as_object(outcome, prepared.expectation))
     else:
-        show(prepared, outcome, record, screen)
+        show(prepared, outcome, _recorded(record, outcome), screen)
     return status(outcome)
 
 
@@ -119,8 +126,8 @@ def status(outcome: Outcome) -> int:
 # ---------------------------------------------------------------------------------------------- what to show
 
 
-def show(prepared: Prepared, outcome: Outcome, record: Path | None, screen: Screen) -> None:
-    """Everything about one run, the line that repeats it last."""
+def show(prepared: Prepared, outcome: Outcome, recorded: str | None, screen: Screen, is_real: bool = False) -> None:
+    """Everything about one run, the line that repeats it last. recorded: what to say of its trace."""
     scenario = prepared.scenario
     screen.prose(f"{scenario.name}: {scenario.title}")
     lasts = f"{scenario.timing.hostile_s:g} s of requests and faults"
@@ -130,12 +137,18 @@ def show(prepared: Prepared, outcome: Outcome, record: Path | None, screen: Scre
     screen.say()
     _show_faults(outcome, screen)
     _show_requests(outcome, screen)
-    _show_speed(outcome, screen)
+    _show_speed(outcome, screen, "real" if is_real else "simulated")
     _show_marks(outcome, screen)
-    if record is not None:
-        screen.say(f"trace written to {record}, digest {outcome.digest}; `kvpoll replay {record}` repeats it")
+    if recorded is not None:
+        screen.say(recorded)
     _show_verdict(outcome, prepared.expectation, screen)
     screen.say(outcome.line)
+
+
+def _recorded(record: Path | None, outcome: Outcome) -> str | None:
+    if record is None:
+        return None
+    return f"trace written to {record}, digest {outcome.digest}; `kvpoll replay {record}` repeats it"
 
 
 def _show_faults(outcome: Outcome, screen: Screen) -> None:
@@ -177,10 +190,11 @@ def _show_requests(outcome: Outcome, screen: Screen) -> None:
     screen.say()
 
 
-def _show_speed(outcome: Outcome, screen: Screen) -> None:
+def _show_speed(outcome: Outcome, screen: Screen, how: str) -> None:
     per_s, ratio = outcome.events / outcome.wall_s, outcome.simulated_s / outcome.wall_s
     screen.say(f"{outcome.events:,} events in {outcome.wall_s:.2f} s: {per_s:,.0f} events/s")
-    screen.say(f"{outcome.simulated_s:,.0f} s simulated: {ratio:,.0f} times as fast as real time")
+    time_of_it = "s simulated" if how == "simulated" else "s of its time"
+    screen.say(f"{outcome.simulated_s:,.0f} {time_of_it}: {ratio:,.0f} times as fast as real time")
 
 
 def _show_marks(outcome: Outcome, screen: Screen) -> None:
@@ -192,7 +206,7 @@ def _show_marks(outcome: Outcome, screen: Screen) -> None:
 
 def _show_verdict(outcome: Outcome, said: Expectation | None, screen: Screen) -> None:
     if outcome.interrupted:
-        screen.say(f"interrupted after {outcome.simulated_s:,.1f} simulated s; what follows is of that part", "bold")
+        screen.say(f"interrupted after {outcome.simulated_s:,.1f} s of its time; what follows is of that part", "bold")
     if outcome.holds:
         screen.say("holds: no invariant broke", "green")
     else:
