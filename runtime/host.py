@@ -6,6 +6,7 @@ a rank orders and hands it what happened. It decides nothing of the protocol.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from functools import partial
@@ -19,16 +20,21 @@ from kvpoll.runtime.control.messages import Envelope, Message, pack_pages, unpac
 from kvpoll.runtime.control.plane import ControlPlane
 from kvpoll.runtime.loop import Happening, Loop
 from kvpoll.runtime.writes import Writes
+from kvpoll.spec.invariants import Watch
 from kvpoll.spec.protocol import Profile, Protocol
 from kvpoll.spec.trace import Answered, Delivered, Lost, Marked, Requested, Sent, Stream
 from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.agreement import Report
+from kvpoll.statemachine.machine import Room
 from kvpoll.statemachine.mapping import Sizes
 from kvpoll.statemachine.ranks.host import Destination, Lengths, Plan, Reply, Request, Waiting, engine_of
 from kvpoll.statemachine.roles import Machines
+from kvpoll.statemachine.routes import MISMATCH
 
 TICK_S: Final = 0.05
 CAUSES_MAX: Final = 4096
+
+_log = logging.getLogger("kvpoll.runtime")
 
 
 class Address(NamedTuple):
@@ -83,10 +89,15 @@ class Host:
         self.directory: dict[str, Address] = {}
         self.mail: dict[type[Any], Callable[[Envelope, Any], None]] = {}
         self.peer_causes: dict[tuple[int, int], str] = {}
+        self.reasons: dict[tuple[int, int], str] = {}
+        self.fits: Callable[[Topology], str | None] = lambda topology: None
+        self.watch_due: Watch | None = None
+        self.last_answer: str | None = None
         self.emitted: list[Callable[[Any], None]] = []
         self.on_sent: Callable[[], None] = lambda: None
         self.unsent = 0
         self.mla = mla
+        self._token = token
         timely = profile.with_rules({"http_timeout_s": profile.number("http_timeout_s") / loop.speed})
         self.servers = {name: Server(where, BootstrapClient(where, timely, token)) for name, where in servers.items()}
         self._plans: dict[str, tuple[Plan, Topology]] = {}
@@ -106,6 +117,8 @@ class Host:
 
     def emit(self, event: Any) -> None:
         """Tell recorder, monitors and gauges what happened here."""
+        if self.watch_due is not None and event.t > self.watch_due.due:
+            self.watch_due.advance(event.t)
         for listener in self.emitted:
             listener(event)
         for observer in self._observers[type(event)]:
@@ -169,7 +182,20 @@ class Host:
     def _cause_of(self, incarnation: Incarnation) -> str | None:
         """The first cause of a room of ours, for the peer to log."""
         room = self.rank.rooms.get(incarnation.room)
-        return room.local.cause if room is not None and room.incarnation.pair == incarnation.pair else None
+        return self.why(room) if room is not None and room.incarnation.pair == incarnation.pair else None
+
+    def why(self, room: Room) -> str | None:
+        """Why a room failed: its first cause, and what a transport or the peer said of it; None where it has none."""
+        cause = room.local.cause
+        more = self.reasons.get(room.incarnation.pair) or self.peer_causes.get(room.incarnation.pair)
+        return cause if cause is None or more is None else f"{cause}: {more}"
+
+    def note(self, pair: tuple[int, int], reason: str, told: dict[tuple[int, int], str]) -> None:
+        """Keep the first thing that was said of a room; the oldest are forgotten when there are many."""
+        if pair not in told:
+            if len(told) >= CAUSES_MAX:
+                del told[next(iter(told))]
+            told[pair] = reason
 
     def tell(self, to: str, message: Message, name: str, incarnation: Incarnation, any_life: bool = True) -> bool:
         """Hand a message to a node's channel. False when its address is unknown or the channel refuses it."""
@@ -225,8 +251,8 @@ class Host:
             self.watch(envelope.node, envelope.epoch)
             self.rank.receive(kind, incarnation, message.index, envelope.node, message.owner)
         elif kind == "Status":
-            if message.cause is not None and len(self.peer_causes) < CAUSES_MAX:
-                self.peer_causes.setdefault(incarnation.pair, message.cause)
+            if message.cause is not None:
+                self.note(incarnation.pair, message.cause, self.peer_causes)
             self.rank.receive(kind, incarnation, message.index, message.outcome)
         elif kind == "AbortAck":
             self.rank.receive(kind, incarnation, message.index)
@@ -310,6 +336,17 @@ class Host:
         if not self._caller.submit(server.address, act, partial(self._answered, engine, route, detail, answered)):
             self.loop.soon(answered, "timeout", None)
 
+    def add_server(self, engine: str, address: str) -> None:
+        """Know a prefill engine's bootstrap server, once. Raises BadInput for an address that is none. Any thread."""
+        if engine not in self.servers:
+            self.servers[engine] = Server(address, BootstrapClient(address, self.profile, self._token))
+
+    def unregister(self, engine: str) -> None:
+        """Have the bootstrap server take this rank out of its table."""
+        server, info = self.servers[engine], self.info
+        if info is not None:
+            self.call(server, lambda: server.client.unregister(info.coordinate, info.process_epoch), lambda reply: None)
+
     def call(self, server: Server, act: Callable[[], HttpReply], then: Callable[[HttpReply], None]) -> None:
         """Have a thread make a call that is no request of a rank (a probe)."""
         self._caller.submit(server.address, act, then)
@@ -329,9 +366,15 @@ class Host:
         return client.query_dp_ranks([key[0] for key in keys], attempts)
 
     def _answered(self, engine: str, route: str, detail: Any, answered: Reply, reply: HttpReply) -> None:
-        status, body = reply
+        status: int | str = reply.status
+        body = reply.body
+        self.last_answer = f"{route} {status}" + (f": {body}" if isinstance(body, str) else "")
         if status == 200 and isinstance(body, Topology):
             self._plans[engine] = (plan_of(body, self.mla), body)
+            problem = self.fits(body)
+            if problem is not None:
+                _log.error("%s: prefill engine %s cannot be used: %s", self.node, engine, problem)
+                status = MISMATCH
         elif status == 200 and route == "GET /route":
             epoch = body.process_epoch or 0
             self.directory[detail] = Address(f"tcp://{body.rank_ip}:{body.rank_port}", epoch)
@@ -355,7 +398,8 @@ class Host:
 
     def leg_failed(self, rank: Any, request: Request, side: str, cause: str) -> None:
         """Answer the router's leg with an error."""
-        self.tell("R", wire.Reply(request.rid, "failed", side, cause), "Error", Incarnation(*request.pair, 0))
+        which: Any = side
+        self.tell("R", wire.Reply(request.rid, "failed", which, cause), "Error", Incarnation(*request.pair, 0))
 
     def first_token(self, rank: Any, request: Request) -> None:
         """Stream the first token to the router."""

@@ -71,13 +71,16 @@ class Writes:
         row = self._rows.pop() if last and self._rows else None
         target_row = destination.row if last else None
         own = destination.incarnation
-        posted = WritePosted(host.now, host.node, serial, own, destination.node, chunk, last, pages, targets, target_row)
+        posted = WritePosted(
+            host.now, host.node, serial, own, destination.node, chunk, last, pages, targets, target_row
+        )
         host.emit(posted)
         try:
             peer, ranges = self._ranges(destination, pages, targets, row)
             handle = self.transport.post(peer, ranges, Tag(destination.incarnation, serial))
         except (BadInput, TransportError, ValueError) as error:
             _log.warning("%s: write %d to %s cannot be posted: %s", host.node, serial, destination.node, error)
+            host.note(own.pair, str(error), host.reasons)
             self._rows += [row] if row is not None else []
             host.loop.soon(self._refused, serial, done)
             return
@@ -142,6 +145,8 @@ class Writes:
         self.failed += 1
         _log.warning("%s: write %d to %s failed: %s", self.host.node, write.serial, write.destination.node, reason)
         self._unsettled[handle] = write
+        if reason is not None:
+            self.host.note(write.destination.incarnation.pair, reason, self.host.reasons)
         write.done("failed")
         if drained:
             self._drained(handle, write)

@@ -14,6 +14,10 @@ def gives_up(profile: Profile, own: int, shared: int) -> bool:
     return (own if profile["topology_patience"] == "own" else shared) >= profile.number("topology_attempts")
 
 
+MISMATCH = "mismatch"
+"""Status of a topology that was answered and can never be used: other page size, dtype, or sizes that do not fit."""
+
+
 def forgets_on_timeout(profile: Profile) -> bool:
     """Is a request's timeout the only thing that drops a cached endpoint (A21)?"""
     return profile["route_cache"] == "by_address"

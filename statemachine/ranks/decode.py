@@ -212,10 +212,7 @@ class DecodeRank(ReceiverRank):
             self.aux.release(own)
             self.deliver("AbortRequested", own, "allocation_failed")
             return
-        entry.pages, entry.row = pages, row[0]
-        self.row_owners[entry.row] = None
-        if self.deliver("PagesReserved", own) and self.deliver("MetadataSent", own):
-            self._send_metadata(own)
+        self.publish(entry, pages, row[0])
 
     def _drop(self, entry: Entry, cause: str) -> None:
         own = entry.incarnation

@@ -9,7 +9,7 @@ from kvpoll.statemachine.conduct import waits_for_http
 from kvpoll.statemachine.dp_rank import entry_key
 from kvpoll.statemachine.ranks.host import Happening, Reply, rank_name, unique_index
 from kvpoll.statemachine.roles import Resolution
-from kvpoll.statemachine.routes import gives_up, may_use
+from kvpoll.statemachine.routes import MISMATCH, gives_up, may_use
 
 if TYPE_CHECKING:
     from kvpoll.statemachine.ranks.receiver import Entry, ReceiverRank
@@ -87,6 +87,8 @@ class Finder:
             self._resolve(engine, list(asking))
             return
         waiting = {entry: since for entry, since in asking.items() if not gives_up(profile, attempt - since, attempt)}
+        if status == MISMATCH:
+            waiting = {}
         if waiting:
             self._asking[engine] = waiting
             self.host.after(profile.number("topology_retry_s"), self._ask_topology, engine, attempt + 1)

@@ -126,6 +126,13 @@ class ReceiverRank(Rank):
             required = self.mapping(engine_of(peer.node)).destinations_required
             host.send(self.node, peer.node, "Metadata", theirs, destination, required)
 
+    def publish(self, entry: Entry, pages: tuple[int, ...], row: int) -> None:
+        """The request has its memory: tell every prefill rank of the room where to write."""
+        entry.pages, entry.row = pages, row
+        self.row_owners[row] = None
+        if self.deliver("PagesReserved", entry.incarnation) and self.deliver("MetadataSent", entry.incarnation):
+            self._send_metadata(entry.incarnation)
+
     def memory_came_back(self) -> None:
         """Pages were released: who waits for memory may look again."""
 

@@ -1,0 +1,98 @@
+"""What an operator sees of an endpoint, in Prometheus' text format: under SGLang's names where it has one.
+
+SGLang measures a transfer on prefill, in four phases; so does this. What SGLang has no name for (leases, quarantine,
+what the control plane dropped) bears the prefix of the product.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from kvpoll.runtime.endpoint import Endpoint, Transfer
+
+MILLISECONDS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 60_000, 300_000)
+
+
+class EndpointMetrics:
+    """Counters and histograms of one endpoint; gauges look when they are read. ``registry`` is its own."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.registry = CollectorRegistry()
+        self._endpoint = endpoint
+        self._since: dict[tuple[int, int], tuple[str, float]] = {}
+        node = endpoint.node
+        self._bootstrap_failed = self._counter(
+            "num_bootstrap_failed_reqs", "Requests that failed before any KV was sent."
+        )
+        self._transfer_failed = self._counter(
+            "num_transfer_failed_reqs", "Requests that failed while KV was being sent."
+        )
+        self._bootstrap_ms = self._histogram("kv_transfer_bootstrap_ms", "From admission to WaitingForInput.")
+        self._latency_ms = self._histogram("kv_transfer_latency_ms", "From WaitingForInput to Success.")
+        self._outcomes = Counter(
+            "kvpoll_transfers", "Transfers that ended, by first cause ('ok' for Success).",
+            labelnames=["node", "cause"], registry=self.registry,
+        )  # fmt: skip
+        self._watch("kvpoll_transfers_live", "Transfers that are not over.", lambda: len(endpoint.transfers))
+        self._watch("kvpoll_pages_quarantined", "Pages kept because a writer is not proven quiet.", self._quarantined)
+        self._watch("kvpoll_writes_unsettled", "Writes posted and not proven over.", self._unsettled)
+        self._watch("kvpoll_bytes_written", "Bytes that this rank has written to peers.", self._bytes)
+        self._watch("kvpoll_rooms", "Rooms in the table, tombstones included.", lambda: len(endpoint.rank.rooms))
+        self._watch("kvpoll_messages_missed", "Control messages that never arrived.", lambda: endpoint.missed)
+        self._watch("kvpoll_violations", "Invariants seen broken, in monitored mode.", lambda: len(endpoint.violations))
+        self._watch("kvpoll_healthy", "1 while a request can finish here.", lambda: float(endpoint.health()["ok"]))
+        dropped = Gauge(
+            "kvpoll_messages_dropped", "Control messages dropped.", ["node", "reason"], registry=self.registry
+        )
+        for reason in endpoint.dropped:
+            dropped.labels(node, reason).set_function(partial(endpoint.dropped.__getitem__, reason))
+
+    def _counter(self, name: str, says: str) -> Counter:
+        return Counter(f"sglang:{name}", says, ["node"], registry=self.registry).labels(self._endpoint.node)
+
+    def _histogram(self, name: str, says: str) -> Histogram:
+        whole = Histogram(f"sglang:{name}", says, ["node"], registry=self.registry, buckets=MILLISECONDS)
+        return whole.labels(self._endpoint.node)
+
+    def _watch(self, name: str, says: str, read: Any) -> None:
+        Gauge(name, says, ["node"], registry=self.registry).labels(self._endpoint.node).set_function(read)
+
+    def _quarantined(self) -> float:
+        return self._endpoint.rank.quarantined_pages()
+
+    def _unsettled(self) -> float:
+        return len(self._endpoint.host.writes or ())
+
+    def _bytes(self) -> float:
+        writes = self._endpoint.host.writes
+        return writes.bytes_done if writes is not None else 0
+
+    def moved(self, transfer: Transfer, poll: str, cause: str | None) -> None:
+        """A transfer has another poll. From the endpoint's thread."""
+        now = time.monotonic()
+        before, since = self._since.get(transfer.pair, ("Bootstrapping", transfer.admitted_s))
+        if poll == "WaitingForInput":
+            self._bootstrap_ms.observe(1000 * (now - since))
+            self._since[transfer.pair] = (poll, now)
+        elif poll == "Transferring":
+            self._since[transfer.pair] = (poll, since if before != "Bootstrapping" else now)
+        elif poll == "Success":
+            self._latency_ms.observe(1000 * (now - since))
+            self._end(transfer, "ok")
+        elif poll == "Failed":
+            failed = self._transfer_failed if before == "Transferring" else self._bootstrap_failed
+            failed.inc()
+            self._end(transfer, (cause or "failed").partition(":")[0])
+
+    def _end(self, transfer: Transfer, cause: str) -> None:
+        self._since.pop(transfer.pair, None)
+        self._outcomes.labels(self._endpoint.node, cause).inc()
+
+    def text(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self.registry)
