@@ -117,20 +117,25 @@ def _structs() -> Decode:
     return msgspec.json.Decoder(Union[tuple(structs)]).decode  # noqa: UP007 (built at run time)
 
 
+Check = Callable[[Any], bool]
+
+
 @functools.lru_cache(maxsize=1)
 def _tuples() -> Decode:
     """Events as named tuples, every field checked against its hint."""
-    hints = {event_type: _hints(event_type) for event_type in EVENTS.values()}
+    checks = {
+        event_type: [(place, name, _check(hint)) for place, (name, hint) in enumerate(_hints(event_type).items())]
+        for event_type in EVENTS.values()
+    }
 
     def decode(line: bytes) -> Any:
         try:
             event = trace.decode(line.decode())
         except (TypeError, AttributeError, IndexError, KeyError, RecursionError) as error:
             raise ValueError(f"a field has the wrong form: {error}") from None
-        for name, hint in hints[type(event)].items():
-            value = getattr(event, name)
-            if not _has_form(value, hint):
-                raise ValueError(f"{name!r} of {type(event).__name__} cannot be {value!r}")
+        for place, name, check in checks[type(event)]:
+            if not check(event[place]):
+                raise ValueError(f"{name!r} of {type(event).__name__} cannot be {event[place]!r}")
         if not math.isfinite(event.t):
             raise ValueError(f"'t' cannot be {event.t!r}")
         return event
@@ -138,32 +143,35 @@ def _tuples() -> Decode:
     return decode
 
 
-def _has_form(value: Any, hint: Any) -> bool:
-    """Is the value of the hinted type? Whole numbers pass for floats, as they do in JSON."""
-    if hint is Any:
-        return True
-    if hint in (None, type(None)):
-        return value is None
+def _check(hint: Any) -> Check:
+    """A function that says whether a value is of the hinted type. Whole numbers pass for floats, as in JSON."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return lambda value: True
     if origin in (Union, types.UnionType):
-        return any(_has_form(value, argument) for argument in arguments)
+        checks = [_check(argument) for argument in arguments]
+        return lambda value: any(check(value) for check in checks)
     if origin is Literal:
-        return value in arguments
+        return lambda value: value in arguments
     if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if arguments[-1:] == (Ellipsis,):
-            return all(_has_form(each, arguments[0]) for each in value)
-        pairs = zip(value, arguments, strict=False)
-        return len(value) == len(arguments) and all(_has_form(each, argument) for each, argument in pairs)
+        return _check_tuple(arguments)
     if origin is dict:
-        key, held = arguments
-        return isinstance(value, dict) and all(_has_form(k, key) and _has_form(v, held) for k, v in value.items())
+        key, held = map(_check, arguments)
+        return lambda value: isinstance(value, dict) and all(key(k) and held(v) for k, v in value.items())
     if hasattr(hint, "_fields"):
-        inner = get_type_hints(hint)
-        return isinstance(value, hint) and all(_has_form(getattr(value, name), inner[name]) for name in inner)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+        whole = _check_tuple(tuple(get_type_hints(hint).values()))
+        return lambda value: isinstance(value, hint) and whole(value)
+    kinds = {float: (float, int), None: (type(None),)}.get(hint, (hint,))
+    return lambda value: type(value) in kinds
+
+
+def _check_tuple(hints: tuple[Any, ...]) -> Check:
+    if hints[-1:] == (Ellipsis,):
+        each = _check(hints[0])
+        return lambda value: isinstance(value, tuple) and all(map(each, value))
+    checks = [_check(hint) for hint in hints]
+    return lambda value: (
+        isinstance(value, tuple)
+        and len(value) == len(checks)
+        and all(check(part) for check, part in zip(checks, value, strict=True))
+    )

@@ -181,6 +181,7 @@ class SglangJudge:
         offer = offer._replace(meant_for=Incarnation(number, attempt, 0))
         if entry is None:
             entry = Entry(Room(Incarnation(number, attempt, 0), ABSENT))
+            self._may_come_to_nothing(node, number)
         else:
             self._flush(node, number, entry)
         node.entries[number] = entry
@@ -211,16 +212,20 @@ class SglangJudge:
         )  # fmt: skip
 
     def _unsent(self, line: int, event: Heard, message: Message) -> Finding | None:
-        """Metadata that no decode rank of the trace can have sent: all that hold the room have no routes yet."""
+        """Metadata that comes after its effect, or that no decode rank of the trace can have sent."""
         holders = [
             node.entries[message.room]
             for node in self._nodes.values()
             if node.role == "receiver" and message.room in node.entries
         ]
-        if not holders or any(entry.shown != "Bootstrapping" for entry in holders):
+        own = self._nodes[event.node].entries.get(message.room or 0)
+        if own is not None and "metadata" in own.trusted:
+            why = "the table showed its effect before it was received"
+        elif holders and all(entry.shown == "Bootstrapping" for entry in holders):
+            why = "no decode rank can have sent it: those that hold the room are still in Bootstrapping"
+        else:
             return None
         text = f"{event.node} received metadata of room {message.room}"
-        why = "no decode rank can have sent it: those that hold the room are still in Bootstrapping"
         return self._plain(line, event, message.room or 0, text, why)
 
     # -- calls
@@ -437,6 +442,7 @@ class SglangJudge:
             entry.trusted |= {"chunks", "conclusion"} if put.after == "Success" else {"chunks"}
             self.trusting.add(f"calls on {node.name}")
         if node.role == "sender" and not node.hears and "DestinationRegistered" in kinds:
+            entry.trusted.add("metadata")
             self.trusting.add(f"messages received by {node.name}")
         entry.chunks = max(0, entry.chunks - sum(step.fact.kind == "WritePosted" for step in way.steps))
         self._follow(node, entry, way.steps)
@@ -498,16 +504,18 @@ class SglangJudge:
         if put.after == "Success" or put.after is None:
             entry.chunks, entry.last = 0, False
         if put.after is None and entry.pending is not None:
-            self._late.append((node, put.room))  # its thread may still act on the room, now that it is gone
-            if len(self._late) > REMEMBERED_ROOMS:
-                self._forget(*self._late.popleft())
+            self._may_come_to_nothing(node, put.room)  # its thread may still act on the room, now that it is gone
         elif put.after is None and entry.room.local.poll != "Announced":
             node.entries.pop(put.room, None)
 
-    def _forget(self, node: Node, number: int) -> None:
-        entry = node.entries.get(number)
-        if entry is not None and entry.shown is None and entry.room.local.poll != "Announced":
-            del node.entries[number]
+    def _may_come_to_nothing(self, node: Node, number: int) -> None:
+        """Keep an entry that the table does not show for a while: a message is under way that may make it show."""
+        self._late.append((node, number))
+        if len(self._late) > REMEMBERED_ROOMS:
+            other, old = self._late.popleft()
+            entry = other.entries.get(old)
+            if entry is not None and entry.shown is None:
+                del other.entries[old]
 
     # -- what there is to say
 
