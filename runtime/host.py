@@ -101,6 +101,7 @@ class Host:
         timely = profile.with_rules({"http_timeout_s": profile.number("http_timeout_s") / loop.speed})
         self.servers = {name: Server(where, BootstrapClient(where, timely, token)) for name, where in servers.items()}
         self._plans: dict[str, tuple[Plan, Topology]] = {}
+        self._alive_since: dict[str, int] = {}
         self._caller = Caller(lambda function: loop.post(function))
         self._heartbeats = Heartbeats(
             self.machines, profile, loop.now, self._ping, self._suspected, self._dead, self._restored
@@ -287,6 +288,7 @@ class Host:
     def bury(self, node: str, alive_since: int) -> None:
         """It is proven that every life of this node's engine before ``alive_since`` is over."""
         self.mark(self.node, "peer_died")
+        self._alive_since[engine_of(node)] = max(alive_since, self._alive_since.get(engine_of(node), 0))
         if self.rank is not None:
             self.rank.bury(engine_of(node), alive_since)
 
@@ -305,13 +307,15 @@ class Host:
             self.rank.restored(engine_of(node))
 
     def believed_epoch(self, rank: Any, engine: str) -> int | None:
-        """Process epoch of an engine as this rank's failure detector last saw it."""
+        """Process epoch of an engine as this rank's failure detector last saw it, or the next one after a proven end:
+        the bootstrap server may list the dead one for as long as its successor takes to register (A21).
+        """
         epochs = [
             state.epoch
             for node in self.directory
             if engine_of(node) == engine and (state := self._heartbeats.state_of(node)) is not None
         ]
-        return max((epoch for epoch in epochs if epoch is not None), default=None)
+        return max((epoch for epoch in (*epochs, self._alive_since.get(engine)) if epoch is not None), default=None)
 
     def true_epoch(self, engine: str) -> int:
         """The best this process knows; whoever merges the traces of all processes knows better."""
