@@ -51,7 +51,7 @@ class RankProcess:
         self.host.writes = Writes(self.host, self.memory, self.transport)
         self.engine = ProcessEngine(self.host, config, self._health)
         self._said = 0
-        station.tell_launcher("hello")
+        station.tell_launcher("hello", memory=[(region.address, region.nbytes) for region in self.memory.regions()])
 
     def _memory(self) -> tuple[KVPool, Any]:
         """The pool in memory that the transport can share, and the transport."""
@@ -182,8 +182,9 @@ class RankProcess:
         self.station.tell_launcher(
             "stats", gauges=rank.gauges, polls=polls, registered=registered,
             running=not rank.stopped and not rank.collectives.blocked,
-            bytes=host.writes.bytes_done if host.writes else 0, failed=self.station.loop.failed[-3:],
-            quarantined=len(rank.kv.quarantined), free=len(rank.kv.free), size=rank.kv.size,
+            bytes=host.writes.bytes_done if host.writes else 0, verified=rank.kv.bytes_verified,
+            failed=self.station.loop.failed[-3:],
+            quarantined=sum(len(rank.kv.held[pair]) for pair in rank.kv.quarantined), free=len(rank.kv.free), size=rank.kv.size,
             violations=dict(self.watch.counts) if self.watch is not None else {},
         )  # fmt: skip
         host.after(0.5 * self.station.loop.speed, self._stats)
