@@ -9,7 +9,7 @@ What was measured (ENGINES 1, 4) and what is done about it:
 - Without its progress thread a target that is busy in Python receives nothing: the thread is always on.
 - UCX listens on every device unless told: ``UCX_NET_DEVICES`` is lo and ``UCX_TLS`` tcp, where not set already.
 
-Host memory is what it was tried with; CUDA memory is passed on as VRAM and needs ``tls="cuda_ipc,cuda_copy,tcp"`` or so.
+Tried with host memory only. CUDA memory is passed on as VRAM; it needs ``tls="cuda_ipc,cuda_copy,tcp"`` or the like.
 """
 
 from __future__ import annotations

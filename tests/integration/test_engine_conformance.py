@@ -59,7 +59,7 @@ def test_the_real_engine_conforms(name: str, module: str) -> None:
     with Stage(python, isolated=name == "Mooncake", MC_TCP_STATUS_TIMEOUT_SEC="3", MC_TCP_PROGRESS_TIMEOUT_SEC="3",
                UCX_NET_DEVICES="lo", UCX_TLS="tcp") as stage:  # fmt: skip
         told = subprocess.run(
-            [*stage.command, "-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", "-k", f"Test{name}", str(SUITE)],
+            [*stage.command, "-m", "pytest", "-rfEs", "-p", "no:cacheprovider", "-k", f"Test{name}", str(SUITE)],
             env=stage.environment, capture_output=True, text=True, timeout=LIMIT_S, check=False, cwd=SOURCE.parent,
         )  # fmt: skip
     assert told.returncode == 0, told.stdout[-6000:]
