@@ -14,6 +14,9 @@ UNFIT = (TypeError, ValueError, IndexError, AttributeError, OverflowError)
 BITS_MAX: Final = 4096
 """Largest index of a peer rank; a trace that names a higher one is not worth the memory of its mask."""
 
+KNOWN_MAX: Final = 10_000
+"""Steps of which a witness remembers the rows."""
+
 INDEXED: Final = frozenset({"DestinationRegistered", "StatusReceived", "PeerAborted", "AbortAcknowledged"})
 """Facts whose detail begins with the index of a peer rank; a mask, or a count, begins the others."""
 
@@ -35,12 +38,22 @@ class Witness(Machine):
     def __init__(self, role: Role, profile: Profile) -> None:
         super().__init__(role, profile)
         self.rows: list[Row] = []
+        self._known: dict[tuple[Local, str, Any], list[Row]] = {}
 
     def rows_of_step(self, local: Local, fact: str, detail: Any) -> list[Row]:
         """The rows that one step takes, in order; empty when the fact is ignored, illegal or unfit."""
-        self.rows = []
         if not is_fit(fact, detail):
             return []
+        key = (local, fact, detail)
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) >= KNOWN_MAX:
+                self._known.clear()
+            known = self._known[key] = self._look(local, fact, detail)
+        return known
+
+    def _look(self, local: Local, fact: str, detail: Any) -> list[Row]:
+        self.rows = []
         try:
             self._step(local, fact, detail)
         except (IllegalFact, *UNFIT):
