@@ -21,12 +21,15 @@ class PatternPool(Pool):
     """A pool of pages that are filled with a pattern when they are computed, and read when they are committed.
 
     sources: layouts of the prefill ranks, by the part of their names that follows the replica ("pp0/tp1").
+    bytes_verified: bytes of the pages that were read so far and whose every byte is what some rank wrote.
     """
 
     def __init__(self, host: Any, node: str, memory: KVPool, sources: dict[str, Layout]) -> None:
         super().__init__(host, node, "kv", memory.layout.pages)
         self.memory = memory
         self.sources = sources
+        self.bytes_verified = 0
+        self._page_bytes = memory.layout.page_bytes * len(memory.layout.planes)
 
     def computed(
         self, incarnation: Incarnation, component: str, chunk: int, first: int, pages: tuple[int, ...]
@@ -37,7 +40,10 @@ class PatternPool(Pool):
 
     def read(self, page: int, components: tuple[str, ...]) -> dict[str, PageTag]:
         """What the page's bytes say of each component's share."""
-        return pattern.read(self.memory, page, {name: self.sources[place(name)] for name in components})
+        found = pattern.read(self.memory, page, {name: self.sources[place(name)] for name in components})
+        if found and not any(map(pattern.is_corrupt, found.values())):
+            self.bytes_verified += self._page_bytes
+        return found
 
 
 def place(node: str) -> str:

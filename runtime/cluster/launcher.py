@@ -78,6 +78,7 @@ class Child:
         self.epoch = -1
         self.pid: int | None = None
         self.endpoint: str | None = None
+        self.control_port = 0
         self.has_begun = False
         self.stats: dict[str, Any] = {}
         self.registered = False
@@ -110,7 +111,7 @@ class RealServer:
 
     def config(self, epoch: int, origin: float | None) -> ServerConfig:
         """What its next process is told."""
-        return ServerConfig(port=self.port, **self.launcher.common(self.name, epoch, origin))
+        return ServerConfig(port=self.port, **self.launcher.common(self.child, epoch, origin))
 
     def stop(self) -> None:
         """SIGKILL."""
@@ -280,13 +281,14 @@ class Launcher:
 
     # -- configs
 
-    def common(self, node: str, epoch: int, origin: float | None) -> dict[str, Any]:
-        """What every process is told."""
-        plan = self.plan
+    def common(self, child: Child, epoch: int, origin: float | None) -> dict[str, Any]:
+        """What every process is told. A later life listens where the former one did."""
+        plan, node = self.plan, child.node
         trace = str(self._trace_path(node, epoch)) if plan.traces else None
         return {
-            "node": node, "epoch": epoch, "launcher": self.plane.endpoint, "origin": origin, "speed": plan.speed,
+            "node": node, "epoch": epoch, "launcher": self.plane.endpoint, "origin": origin, "speed": self.loop.speed,
             "profile": plan.profile, "rules": plan.rules, "spec": plan.spec, "trace": trace,
+            "control_port": child.control_port,
         }  # fmt: skip
 
     def _trace_path(self, node: str, epoch: int) -> Path:
@@ -313,7 +315,8 @@ class Launcher:
                 lengths=plan.lengths, servers=servers,
                 layout=self.layout_of(engine.shape, pp, tp), sources=self._sources(), transport=plan.transport,
                 transport_options=plan.transport_options, seed=f"{plan.seed}/{node}/{epoch}",
-                monitored=plan.monitored, halts=halts, **self.common(node, epoch, origin),
+                monitored=plan.monitored, halts=halts if epoch == 0 else (),  # a fault strikes one life
+                **self.common(engine.ranks[node].child, epoch, origin),
             )  # fmt: skip
 
         return make
@@ -341,6 +344,7 @@ class Launcher:
         """A new process for a child."""
         child.epoch += 1
         child.endpoint, child.has_begun, child.registered, child.running = None, False, False, True
+        child.stats = {}
         child.pid = self._nursery.bear(make(child.epoch, self.origin))
 
     def kill(self, child: Child) -> None:
@@ -425,7 +429,7 @@ class Launcher:
             if server.child.pid in ended:
                 self.unexpected.append(f"{server.name} ended with status {ended[server.child.pid or 0]}")
                 self.kill(server.child)
-        self.after(LOOK_S * self.plan.speed, self._look)
+        self.after(LOOK_S * self.loop.speed, self._look)
 
     # -- messages
 
@@ -457,6 +461,7 @@ class Launcher:
     def _told(self, child: Child, envelope: Envelope, kind: str, content: dict[str, Any]) -> None:
         if kind == "hello":
             child.endpoint = envelope.endpoint
+            child.control_port = int(envelope.endpoint.rpartition(":")[2])
             for engine in self.engines():
                 if child.node in engine.ranks:
                     self._begin(engine)
@@ -476,10 +481,20 @@ class Launcher:
 
     # -- running
 
+    def change_speed(self, speed: float) -> None:
+        """Time runs at this speed from now on, in every process; no life may be just beginning. What a cluster keeps
+        for minutes of its own time, so that late messages find it, is then gone in seconds of the wall.
+        """
+        at = time.monotonic()
+        self.loop.change_speed(at, speed)
+        self.origin = self.loop.origin
+        for child in self.children():
+            self.order(child, "speed", at=at, speed=speed)
+
     def run_until(self, t: float, every: Callable[[], None] = lambda: None) -> None:
         """Turn the loop until this time; ``every`` is called at each turn."""
         while self.now < t:
-            self.loop.turn(self._receive, max(0.0, min(0.05, (t - self.now) / self.plan.speed)))
+            self.loop.turn(self._receive, max(0.0, min(0.05, (t - self.now) / self.loop.speed)))
             every()
 
     def survey(self) -> None:
@@ -498,11 +513,11 @@ class Launcher:
         if missing:
             self.unexpected.append(f"{missing[0]} does not answer")
 
-    def close(self) -> None:
-        """End every process: ask first, then SIGKILL. Nothing is left."""
+    def close(self, patience_s: float = END_LIMIT_S) -> None:
+        """End every process: ask first, and after ``patience_s`` SIGKILL. Nothing is left."""
         for child in self.children():
             self.order(child, "quit")
-        end_s = time.monotonic() + END_LIMIT_S
+        end_s = time.monotonic() + patience_s
         with contextlib.suppress(OSError):
             while time.monotonic() < end_s:
                 ended = self._nursery.ended()

@@ -184,7 +184,8 @@ class RankProcess:
             running=not rank.stopped and not rank.collectives.blocked,
             bytes=host.writes.bytes_done if host.writes else 0, verified=rank.kv.bytes_verified,
             failed=self.station.loop.failed[-3:],
-            quarantined=sum(len(rank.kv.held[pair]) for pair in rank.kv.quarantined), free=len(rank.kv.free), size=rank.kv.size,
+            quarantined=sum(len(rank.kv.held[pair]) for pair in rank.kv.quarantined),
+            free=len(rank.kv.free), size=rank.kv.size,
             violations=dict(self.watch.counts) if self.watch is not None else {},
         )  # fmt: skip
         host.after(0.5 * self.station.loop.speed, self._stats)

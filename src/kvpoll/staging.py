@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, NamedTuple
 
 from kvpoll.runtime.cluster.config import Lengths
 from kvpoll.runtime.cluster.launcher import Launcher, Plan, RealRank
@@ -128,31 +128,52 @@ class Staging:
     def _judged(self, launcher: Launcher, stage: Stage, ended_s: float, interrupted: bool, began: float) -> Outcome:
         if launcher.unexpected:
             raise BadInput(f"{self.scenario.path}: staging failed: {launcher.unexpected[0]}")
-        stream, marks, events = Stream(), dict(launcher.marks), 0
-        watch = Watch(stream, self.protocol.bounds)
-        if self.trace is not None:
-            Recorder(stream, self._header(), self.trace)
-        ttft_s: list[float] = []
-        for event in merged(launcher.traces):
-            events += 1
-            if isinstance(event, Marked):
-                marks[event.mark] = marks.get(event.mark, 0) + 1
-            elif isinstance(event, Resulted) and event.ttft_s is not None:
-                ttft_s.append(event.ttft_s)
-            watch.advance(event.t)
-            stream.emit(event)
-            if self.collect is not None:
-                self.collect.append(event)
-        watch.finish(ended_s)
-        router, faults = launcher.router, stage.injector.faults
+        stream = Stream()
+        if self.collect is not None:
+            stream.subscribe_all(self.collect.append)
+        verdict = judge(launcher, stream, self.protocol, ended_s, self._header(), self.trace)
+        watch, marks, router, faults = verdict.watch, verdict.marks, launcher.router, stage.injector.faults
         return Outcome(
             scenario=self.scenario.name, profile=self.profile.name, seed=self.seed, line=self.line,
             violations=dict(watch.first), counts={name: count for name, count in watch.counts.items() if count},
             marks=marks, unfired=[f.kind.name for f in faults if f"fault:{f.kind.name}" not in marks],
-            requests=router.admitted, succeeded=router.succeeded, causes=dict(router.causes), ttft_s=ttft_s,
-            events=events, simulated_s=ended_s, wall_s=time.perf_counter() - began, interrupted=interrupted,
+            requests=router.admitted, succeeded=router.succeeded, causes=dict(router.causes), ttft_s=verdict.ttft_s,
+            events=verdict.events, simulated_s=ended_s, wall_s=time.perf_counter() - began, interrupted=interrupted,
             faults=faults,
         )  # fmt: skip
+
+
+class Verdict(NamedTuple):
+    """What the merged trace says: the watch of all invariants, marks, times to the first token, number of events."""
+
+    watch: Watch
+    marks: dict[str, int]
+    ttft_s: list[float]
+    events: int
+
+
+def judge(
+    launcher: Launcher, stream: Stream, protocol: Protocol, ended_s: float, header: dict[str, Any],
+    trace: IO[str] | None = None,
+) -> Verdict:  # fmt: skip
+    """Judge what all processes of a cluster that has been closed have recorded, by all invariants, up to ``ended_s``.
+
+    ``stream`` carries the merged events to whoever has subscribed; ``trace`` receives them as lines after ``header``.
+    """
+    marks, ttft_s, events = dict(launcher.marks), [], 0
+    watch = Watch(stream, protocol.bounds)
+    if trace is not None:
+        Recorder(stream, header, trace)
+    for event in merged(launcher.traces):
+        events += 1
+        if isinstance(event, Marked):
+            marks[event.mark] = marks.get(event.mark, 0) + 1
+        elif isinstance(event, Resulted) and event.ttft_s is not None:
+            ttft_s.append(event.ttft_s)
+        watch.advance(event.t)
+        stream.emit(event)
+    watch.finish(ended_s)
+    return Verdict(watch, marks, ttft_s, events)
 
 
 class Stage:
@@ -174,7 +195,9 @@ class Stage:
         self.injector.schedule()
         for number, arrival in enumerate(arrivals):
             rid = f"r{number}"
-            launcher.after(arrival.t - launcher.now, _submit, launcher, rid, arrival.input_tokens, arrival.output_tokens)
+            launcher.after(
+                arrival.t - launcher.now, _submit, launcher, rid, arrival.input_tokens, arrival.output_tokens
+            )
         for rid, t in self.scenario.leaves.items():
             launcher.after(t - launcher.now, _leave, launcher, rid)
         for fault in self.injector.faults:
