@@ -56,6 +56,7 @@ class PostedWrites:
         """A write that ended as it was posted: it had nothing to do, or was refused."""
         write = self.add(tag, None)
         write.progress = progress
+        self._wake()
         return write
 
     def poll(self, handle: int) -> Progress:

@@ -36,6 +36,11 @@ def test_a_write_under_way_fails_with_its_abort_and_drains_by_the_thread_s_word(
     assert len(rings) == 2
 
 
+def test_what_ended_as_it_was_posted_wakes_whoever_waits_for_it() -> None:
+    writes, rings = table()
+    assert writes.poll(writes.add_ended(TAG, DONE).handle) == DONE and len(rings) == 1
+
+
 def test_the_first_reason_stays_and_drained_is_never_taken_back() -> None:
     writes, rings = table()
     write = writes.add(TAG, None)

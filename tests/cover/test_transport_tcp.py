@@ -335,6 +335,7 @@ def test_the_end_of_the_connection_drains(silent: SilentOwner) -> None:
 
 def test_an_answer_that_is_none_fails_without_proof(silent: SilentOwner) -> None:
     writer, handle = writer_to(silent)
+    assert eventually(lambda: writer._writes._writes[handle].begun)
     silent.connections[0].sendall(struct.pack("<4sIQ", b"HTTP", 1, handle))
     assert eventually(lambda: writer.poll(handle).state == "failed")
     assert not writer.poll(handle).drained and "no answer" in str(writer.poll(handle).reason)
