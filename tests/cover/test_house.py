@@ -47,7 +47,7 @@ HOMES = {
     "torch": ("runtime/**",),
     "requests": ("runtime/**",),
     "zmq": ("runtime/**",),
-    "msgspec": ("runtime/**",),
+    "msgspec": ("runtime/**", "src/kvpoll/trace_lines.py"),
     "aiohttp": ("runtime/**",),
     "prometheus_client": ("runtime/**",),
     "mooncake": ("runtime/transports/**",),
