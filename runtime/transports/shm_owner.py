@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from kvpoll.runtime.transports import shm_wire
+from kvpoll.runtime.transports.forked_children import keep_from_children
 from kvpoll.runtime.transports.interface import Death, TransportError
 
 LOG: Final = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Doorkeeper:
                 f"shm: no Unix socket in {socket_dir or 'the abstract namespace'}: {error.strerror or error}: "
                 f"name a writable folder with a short path as socket_dir"
             ) from None
-        return shm_wire.keep_from_children(listener), address
+        return keep_from_children(listener), address
 
     def close(self) -> None:
         """Stop listening and let go of all writers; no death is reported any more."""
@@ -117,7 +118,7 @@ class Doorkeeper:
             self.counters["refused"] += 1
             return
         connection.setblocking(False)
-        visitor = _Visitor(shm_wire.keep_from_children(connection))
+        visitor = _Visitor(keep_from_children(connection))
         self._visitors.add(visitor)
         selector.register(connection, selectors.EVENT_READ, visitor)
 

@@ -7,10 +7,8 @@ says that the writer has unmapped the pool and lives on (it has turned to a newe
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
-import weakref
 from typing import Final, NamedTuple
 
 VERSION: Final = 1
@@ -80,21 +78,3 @@ def peer_uid(connection: socket.socket) -> int:
     """User id of the process at the other end, as the kernel saw it at connect."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     return int(struct.unpack("3i", credentials)[1])
-
-
-_open_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-
-
-def keep_from_children(connection: socket.socket) -> socket.socket:
-    """A forked child closes this socket at once: while it held a copy, its parent's death would go unseen."""
-    _open_sockets.add(connection)
-    return connection
-
-
-def _close_in_child() -> None:
-    for connection in list(_open_sockets):
-        if connection.fileno() >= 0:
-            os.close(connection.detach())
-
-
-os.register_at_fork(after_in_child=_close_in_child)

@@ -21,6 +21,7 @@ from typing import Final
 import numpy as np
 
 from kvpoll.runtime.transports import shm_wire
+from kvpoll.runtime.transports.forked_children import keep_from_children
 from kvpoll.runtime.transports.interface import TransportError
 from kvpoll.runtime.transports.offsets import Plan, Space
 from kvpoll.runtime.transports.posted import PostedWrites, Write
@@ -238,7 +239,7 @@ class ShmPeer:
     # --- connecting --------------------------------------------------------------------------------
 
     def _open(self) -> _Pool:
-        connection = shm_wire.keep_from_children(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        connection = keep_from_children(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         files: list[int] = []
         try:
             connection.setblocking(False)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvpoll.runtime.transports import tcp_wire as wire
+from kvpoll.runtime.transports.forked_children import keep_from_children
 from kvpoll.runtime.transports.interface import Region, TransportError
 from kvpoll.runtime.transports.offsets import Refused, Space
 from kvpoll.spec.vocabulary import Incarnation
@@ -64,7 +65,7 @@ class Receiver:
         self.closing = False
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._listener = socket.create_server((host, port), family=family, backlog=128)
+            self._listener = keep_from_children(socket.create_server((host, port), family=family, backlog=128))
         except OSError as error:
             raise TransportError(
                 f"tcp: cannot listen on {host} port {port}: {error.strerror or error}: name an address of this host "
@@ -86,6 +87,7 @@ class Receiver:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     time.sleep(0.05)  # out of descriptors: the listener stays readable, and a busy loop cures nothing
                 continue
+            keep_from_children(connection)
             with self._lock:
                 full = len(self._open) >= _CONNECTIONS_MAX or self.closing
                 lane = None if full else _Lane(self, connection)
@@ -236,6 +238,7 @@ class _Lane:
         if header.owner_epoch != receiver.epoch:
             raise wire.Malformed("a frame for another life")
         if header.kind == wire.STOP:
+            self._refused_write = None
             self._answer(wire.STOPPED, header.write)
             return
         target, nbytes = wire.unpack_ranges(header, self._take(header.ranges * wire.RANGE_BYTES, receiver.stall_s))

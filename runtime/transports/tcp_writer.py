@@ -24,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 
 from kvpoll.runtime.transports import tcp_wire as wire
+from kvpoll.runtime.transports.forked_children import keep_from_children
 from kvpoll.runtime.transports.interface import Region
 from kvpoll.runtime.transports.offsets import Plan, Space
 from kvpoll.runtime.transports.posted import PostedWrites, Write
@@ -355,7 +356,7 @@ class Lane:
     def _open(self) -> socket.socket:
         address, settings = self._address, self._settings
         until_s = time.monotonic() + _CONNECT_LIMIT_S
-        connection = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET)
+        connection = keep_from_children(socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET))
         try:
             connection.setblocking(False)
             wire.tune(connection, settings.buffer_bytes, settings.stall_s)
