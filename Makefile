@@ -6,6 +6,9 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+# Installed before the rest, so that nothing else chooses it. Where pip would bring gigabytes of CUDA packages for a
+# machine without a GPU, give the address of the CPU builds to pip, or TORCH= to leave it out: its tests then skip.
+TORCH ?= torch==2.13.0
 ARGS ?=
 
 VENV := .venv
@@ -63,7 +66,16 @@ clean:
 	@rm -f $(VENV)/.kvpoll-*
 	@find spec statemachine sim runtime reports src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One quiet pip run, tried three times because package indexes are sometimes briefly away.
+# One quiet pip run each, tried three times because package indexes are sometimes briefly away.
+define INSTALL_TORCH
+	@test -z '$(TORCH)' || echo 'Installing $(TORCH) into $(VENV) (another minute) ...'
+	@for attempt in 1 2 3; do \
+		test -z '$(TORCH)' || $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check '$(TORCH)' && exit 0; \
+		echo "pip failed (attempt $$attempt of 3)" >&2; sleep $$attempt; \
+	done; \
+	echo 'torch could not be installed: the lines above are from pip; mend the cause, or leave it out: make test TORCH=' >&2; exit 1
+endef
+
 define INSTALL
 	@echo 'Installing kvpoll[$(EXTRAS)] into $(VENV) (about a minute the first time) ...'
 	@for attempt in 1 2 3; do \
@@ -80,6 +92,7 @@ $(DEMO_STAMP): pyproject.toml Makefile $(VENV)/pyvenv.cfg
 
 $(FULL_STAMP): EXTRAS := test,lint,transitions,reports,bench,runtime
 $(FULL_STAMP): pyproject.toml Makefile $(VENV)/pyvenv.cfg
+	$(INSTALL_TORCH)
 	$(INSTALL)
 	@touch '$(DEMO_STAMP)' '$@'
 
