@@ -270,8 +270,11 @@ class SglangJudge:
         return None if why is None else self._plain(line, event, number, text, why, ("S5",))
 
     def _concludes(self, line: int, entry: Entry, event: Called, number: int) -> Finding | None:
-        """A worker announces how the transfer of a room has ended."""
+        """A worker announces how a transfer has ended, and tells decode: Failed, if a failure is on record."""
         entry.concluded, why = str(event.arguments.get("status")), None
+        pairing = self._pairings.of(number)
+        if entry.concluded == "Failed" or entry.shown == "Failed" or event.node in pairing.recorded:
+            pairing.ended.setdefault((entry.room.incarnation.attempt, "Failed"), set()).add(event.node)
         if entry.concluded == "Success":
             is_dummy = entry.room.local.owned and entry.room.local.expected == 0
             if "conclusion" in entry.trusted:

@@ -129,6 +129,16 @@ def test_a_failed_transfer_reaches_decode() -> None:
     assert verdict(events).holds
 
 
+def test_a_worker_tells_decode_of_a_failure_that_was_decodes_own() -> None:
+    """Decode aborts under a write; the worker ends later, finds the room Failed, and says so; seen on the real classes."""
+    events = [
+        *happy()[:7], put("D0", W, F), heard("P0", "ABORT", ROOM, "127.0.0.1", 5001, 1), put("P0", W, F, CONTROL),
+        concluded(), put("P0", F, F, WORKER), heard("D0", ROOM, 0, 0), applied(F), put("D0", F, F, LISTENER),
+        put("P0", F, None), put("D0", F, None),
+    ]  # fmt: skip
+    assert verdict(events).holds
+
+
 def test_a_failure_on_record_fails_the_next_attempt() -> None:
     """conclude_transfer looks the room number up in records that clear() leaves behind; seen on the real classes."""
     first = [*happy()[:5], called("P0", "record_failure", failure_reason="Aborted by AbortReq."), put("P0", W, F),
