@@ -52,6 +52,7 @@ HOMES = {
     "prometheus_client": ("runtime/**",),
     "mooncake": ("runtime/transports/**",),
     "nixl_cu12": ("runtime/transports/**",),
+    "pytest": ("src/kvpoll/testing/**",),
     "hypothesis": (),  # for tests only
 }
 """Third-party package -> the only files that may import it; others are free outside the pure rooms."""
