@@ -182,7 +182,7 @@ class RankProcess:
         self.station.tell_launcher(
             "stats", gauges=rank.gauges, polls=polls, registered=registered,
             running=not rank.stopped and not rank.collectives.blocked,
-            bytes=host.writes.bytes_done if host.writes else 0, verified=rank.kv.bytes_verified,
+            bytes=host.writes.bytes_done if host.writes is not None else 0, verified=rank.kv.bytes_verified,
             failed=self.station.loop.failed[-3:],
             quarantined=sum(len(rank.kv.held[pair]) for pair in rank.kv.quarantined),
             free=len(rank.kv.free), size=rank.kv.size,
