@@ -23,7 +23,7 @@ from kvpoll.spec.source import BadInput, nearest
 VERBS = {
     "list": "listing", "reproduce": "reproduce", "run": "run", "campaign": "campaign", "replay": "replay",
     "shrink": "shrink", "explore": "explore", "check": "check", "matrix": "matrix", "mutants": "mutants",
-    "report": "report", "demo": "demo", "diagram": "diagram", "serve": "serve", "doctor": "doctor",
+    "report": "report", "demo": "demo", "diagram": "diagram", "up": "up", "serve": "serve", "doctor": "doctor",
     "validate": "validate",
 }  # fmt: skip
 """The module of every verb. Only that of the verb that was given is loaded: some need a second for it."""
