@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from kvpoll.statemachine.ranks.host import Waiting
 
 WAIT_MAX_S: Final = 0.25
 """The longest sleep in wall seconds; nothing needs it, a missed wake would cost no more."""
+
+FAILED_KEPT: Final = 100
+"""Defects that are remembered; all are logged."""
 
 _log = logging.getLogger("kvpoll.runtime")
 
@@ -67,6 +71,7 @@ class Loop:
         self._order = itertools.count()
         self._soon: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._thread: int | None = None  # that of the turn under way
 
     @property
     def now(self) -> float:
@@ -131,7 +136,8 @@ class Loop:
     def post(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have the loop call a function, and wake it."""
         self._posted.append((function, arguments))
-        self.plane.wake()
+        if threading.get_ident() != self._thread:  # the loop looks at what was posted before it sleeps
+            self.plane.wake()
 
     def stop(self) -> None:
         """End ``run`` after the turn that is under way."""
@@ -150,6 +156,7 @@ class Loop:
 
         ``wait_s`` bounds the sleep, in wall seconds; 0 never sleeps.
         """
+        self._thread = threading.get_ident()
         self._call(receive, ())
         for queue in (self._posted, self._soon):
             for _ in range(len(queue)):
@@ -164,11 +171,13 @@ class Loop:
             due_s = (self._due[0][0] - self.now) / self.speed if self._due else wait_s
             if due_s > 0 and wait_s > 0:
                 self.plane.wait(min(wait_s, due_s))
+        self._thread = None
 
     def _call(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         """A defect in one call is told and remembered; it ends neither the loop nor another request (S10)."""
         try:
             function(*arguments)
         except Exception as error:
-            self.failed.append(f"{type(error).__name__}: {error}")
+            if len(self.failed) < FAILED_KEPT:
+                self.failed.append(f"{type(error).__name__}: {error}")
             _log.exception("%s: a call of the loop failed", self.plane.node)

@@ -74,6 +74,7 @@ CHANNEL_BUSY_S: Final = 10.0
 SENDERS_MAX: Final = 4096
 RECEIVE_LIMIT: Final = 1024
 FRAMES_KEPT: Final = 4
+WAKE_BYTES: Final = 4096
 PORT_MAX: Final = 65_535
 
 RECEIVED_DROPS: Final = (*REASONS, "wrong_target", "unknown_peer", "stale_sender", "duplicate")
@@ -173,6 +174,7 @@ class ControlPlane:
             raise
         self.endpoint = _endpoint(advertise or host, self._bound_port())
         self._wake_lock = threading.Lock()
+        self._is_woken = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -429,11 +431,19 @@ class ControlPlane:
     def clear_wake(self) -> None:
         """Take back what ``wake`` wrote, for a loop that has its own poller. ``wait`` does it by itself."""
         with contextlib.suppress(BlockingIOError):
-            while os.read(self._wake_read, 4096):
-                pass
+            while len(os.read(self._wake_read, WAKE_BYTES)) == WAKE_BYTES:
+                pass  # one read that is not full has emptied it
+        # Only now: who finds it set relies on a look at what it has handed in, and that look is still to come.
+        self._is_woken = False
 
     def wake(self) -> None:
-        """End the ``wait`` that runs, or the next one. May be called from any thread, also after ``close``."""
+        """End the ``wait`` that runs, or the next one. May be called from any thread, also after ``close``.
+
+        A system call only once between two waits: each gives the interpreter's lock away.
+        """
+        if self._is_woken:
+            return
+        self._is_woken = True
         with self._wake_lock, contextlib.suppress(BlockingIOError):
             if not self._closed:
                 os.write(self._wake_write, b"w")
