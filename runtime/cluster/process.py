@@ -46,6 +46,7 @@ class Station:
         if config.trace is not None:
             header = {
                 "node": config.node,
+                "part": True,
                 "epoch": config.epoch,
                 "profile": config.profile,
                 "spec": self.protocol.digest,

@@ -32,6 +32,10 @@ STEP_S: Final = 0.001
 """Virtual time between two moves."""
 
 
+STAND_INS: Final = {"pipeline": ("D0",)}
+"""Nodes whose steps a kind of model tells without a machine: a judge of the trace takes them at their word."""
+
+
 class Stepper:
     """A system that is moved by hand, one named move at a time."""
 
@@ -249,4 +253,5 @@ class ScheduledRun:
             "profile": self.profile.name,
             "seed": self.seed,
             "repeat": self.line,
+            "not_machines": list(STAND_INS.get(model.kind, ())),
         }

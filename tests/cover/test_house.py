@@ -49,7 +49,7 @@ HOMES = {
     "zmq": ("runtime/**",),
     "msgspec": ("runtime/**", "src/kvpoll/trace_lines.py"),
     "aiohttp": ("runtime/**",),
-    "prometheus_client": ("runtime/**",),
+    "prometheus_client": ("runtime/**", "src/kvpoll/live_metrics.py"),
     "mooncake": ("runtime/transports/**",),
     "nixl_cu12": ("runtime/transports/**",),
     "pytest": ("src/kvpoll/testing/**",),
