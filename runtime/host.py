@@ -33,6 +33,8 @@ from kvpoll.statemachine.routes import MISMATCH
 
 TICK_S: Final = 0.05
 CAUSES_MAX: Final = 4096
+EARLY_MAX: Final = 4096
+"""Messages kept for a rank that is not there yet; its group and its peers may begin a moment before it."""
 
 _log = logging.getLogger("kvpoll.runtime")
 
@@ -54,7 +56,7 @@ class Server(NamedTuple):
 class Host:
     """The outside of one rank. All methods but ``loop.post`` belong to the loop's thread.
 
-    rank: set by whoever builds it, once; until then what arrives is kept waiting. info: what this rank registers as,
+    rank: given by ``seat``, once; until then what arrives is kept waiting. info: what this rank registers as,
     for a prefill rank. servers: bootstrap servers by the name of their engine. memory: what a decode rank publishes
     with its pages, (descriptor, layout).
     """
@@ -107,6 +109,7 @@ class Host:
             self.machines, profile, loop.now, self._ping, self._suspected, self._dead, self._restored
         )
         self._observers = self.stream.observers
+        self._early: list[tuple[Envelope, Any]] = []
         self._tick()
 
     # -- telling
@@ -230,8 +233,19 @@ class Host:
             self._restored(envelope.node)
         elif isinstance(message, wire.Goodbye):
             self._left(envelope)
-        elif self.rank is not None and not isinstance(message, wire.Ping | wire.Pong):
+        elif isinstance(message, wire.Ping | wire.Pong):
+            pass
+        elif self.rank is not None:
             self._hand(envelope, message)
+        elif len(self._early) < EARLY_MAX:
+            self._early.append((envelope, message))
+
+    def seat(self, rank: Any) -> None:
+        """The rank is there: it gets what has arrived before it."""
+        self.rank = rank
+        early, self._early = self._early, []
+        for envelope, message in early:
+            self._dispatch(envelope, message)
 
     def _hand(self, envelope: Envelope, message: Any) -> None:
         """A message about a room. One of a side that this rank is not is nobody's, and dropped."""

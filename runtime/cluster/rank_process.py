@@ -89,7 +89,7 @@ class RankProcess:
             rank = DecodeRank(self.engine, group, config.node, config.tp)
             rank.row_owners = RowOwners(self.memory)  # type: ignore[assignment]
         rank.kv = PatternPool(host, config.node, self.memory, self.config.sources)
-        host.rank = rank
+        host.seat(rank)
         if isinstance(rank, PrefillRank):
             rank.register("Started")
             if watches_server(host.profile):
