@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -441,38 +442,49 @@ def listening() -> set[int]:
     return ports
 
 
+def unread_bytes(port: int) -> int:
+    """What lies in the kernel for the process that listens on this port, because it has not read it."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    rows = [line.split() for line in lines]
+    return sum(
+        int(row[4].partition(":")[2], 16) for row in rows if row[3] == "01" and row[1].endswith(f":{port:04X}")
+    )  # fmt: skip
+
+
 _PIDFD_GETFD: Final = 438
+_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def cut_connections(pid: int, port: int) -> int:
-    """Shut down a process's established TCP connections to or from a port, as a broken link does. Returns how many.
+    """Break a process's TCP connections that were made to its port; what it has not read is lost. Returns how many.
 
-    Raises PermissionError where the kernel forbids to borrow another process's sockets (pidfd_getfd).
+    The sockets are borrowed (pidfd_getfd) and dissolved: connecting to AF_UNSPEC resets the connection and empties
+    its queues, as a host does that forgets it. Raises PermissionError where borrowing is forbidden.
     """
-    import socket
-
-    libc = ctypes.CDLL(None, use_errno=True)
     cut, pidfd = 0, os.pidfd_open(pid)
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                if not str(entry.readlink()).startswith("socket:"):
-                    continue
-            except OSError:
+            if not str(entry.readlink()).startswith("socket:"):
                 continue
-            number = libc.syscall(_PIDFD_GETFD, pidfd, int(entry.name), 0)
+            number = _libc.syscall(_PIDFD_GETFD, pidfd, int(entry.name), 0)
             if number < 0:
                 raise PermissionError(ctypes.get_errno(), "pidfd_getfd")
             with socket.socket(fileno=number) as borrowed:
-                if borrowed.family != socket.AF_INET or borrowed.type != socket.SOCK_STREAM:
-                    continue
-                try:
-                    ports = {borrowed.getsockname()[1], borrowed.getpeername()[1]}
-                except OSError:
-                    continue
-                if port in ports:
-                    borrowed.shutdown(socket.SHUT_RDWR)
-                    cut += 1
+                cut += _dissolve(borrowed, port)
     finally:
         os.close(pidfd)
     return cut
+
+
+def _dissolve(borrowed: socket.socket, port: int) -> bool:
+    """Reset an accepted connection of this port; leave every other socket as it is."""
+    if borrowed.family != socket.AF_INET or borrowed.type != socket.SOCK_STREAM:
+        return False
+    try:
+        borrowed.getpeername()
+    except OSError:
+        return False  # it listens
+    if borrowed.getsockname()[1] != port:
+        return False
+    nobody = ctypes.create_string_buffer(16)  # a struct sockaddr of family AF_UNSPEC
+    return bool(_libc.connect(borrowed.fileno(), nobody, 16) == 0)
