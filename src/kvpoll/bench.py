@@ -2,7 +2,8 @@
 
 Speeds of one machine say little about another, ratios more; so every round measures all subjects in turn, and each
 figure is the median of the rounds. Nothing here fails because a machine is slow: a figure below its bar is shown
-as such. The exit status is 1 only when a simulation broke an invariant.
+as such. The exit status is 1 only when a simulation broke an invariant, and 2 when a peer of the runtime is not here
+and its figures stay open.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, NamedTuple
 
-from kvpoll import __version__, bench_explore
+from kvpoll import __version__, bench_explore, bench_runtime
+from kvpoll.bench_children import ChildFailed
 from kvpoll.bench_simulation import Job, bare_s, idle_events, lone_pair_job, main_job, timed, ttft_p50_s
 from kvpoll.bench_step import blocks_kept_by_quiet_steps, quiet_steps_per_s, subjects
 from kvpoll.commands.options import Parser, counted, open_to_write
 from kvpoll.commands.screen import Screen
-from kvpoll.commands.status import HOLDS, VIOLATED
+from kvpoll.commands.status import BAD_INPUT, HOLDS, VIOLATED
 from kvpoll.spec.invariants import INVARIANTS
 from kvpoll.spec.protocol import Protocol, load
 from kvpoll.spec.source import BadInput
 
-PARTS: Final = ("step", "room", "simulation", "explore")
+PARTS: Final = ("step", "room", "simulation", "explore", "runtime")
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- figures: written by kvpoll bench --docs -->", "<!-- end of figures -->"
 OURS: Final = "kvpoll"
@@ -64,7 +66,9 @@ def main(argv: Sequence[str]) -> int:
             file.write(json.dumps(result, indent=2) + "\n")
     if given.docs:
         write_page(Path(given.docs), result)
-    return VIOLATED if violations(result) else HOLDS
+    if violations(result):
+        return VIOLATED
+    return HOLDS if "runtime" not in result or bench_runtime.is_complete(result["runtime"]) else BAD_INPUT
 
 
 def _parser() -> Parser:
@@ -101,7 +105,16 @@ def measure(
         result["idle"] = {"events_an_hour": hours[1] - hours[0]}
     if "explore" in parts:
         result["explore"] = bench_explore.measure(protocol, rounds, tell)
+    if "runtime" in parts:
+        result["runtime"] = _measure_runtime(rounds, tell)
     return result
+
+
+def _measure_runtime(rounds: int, tell: Tell) -> Result:
+    try:
+        return bench_runtime.measure(rounds, tell)
+    except ChildFailed as error:
+        raise BadInput(f"kvpoll bench runtime: {error}") from None
 
 
 def _measure_steps(protocol: Protocol, rounds: int, tell: Tell) -> Result:
@@ -211,6 +224,8 @@ def rows(result: Result) -> list[Row]:
         found.append(_idle_row(result["idle"]))
     if "explore" in result:
         found += [Row(*cells) for cells in bench_explore.table(result["explore"], reached)]
+    if "runtime" in result:
+        found += [Row(*cells) for cells in bench_runtime.table(result["runtime"], reached)]
     return found
 
 
