@@ -6,20 +6,23 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from kvpoll.runtime.host import Host
-from kvpoll.spec.trace import Computed, Released, Reserved
+from kvpoll.runtime.pools.aux_row import AuxRow
+from kvpoll.spec.trace import Committed, Computed, Released, Reserved
 from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.agreement import FAILED, SUCCESS
 from kvpoll.statemachine.machine import Room
 from kvpoll.statemachine.ranks.engine import EngineShape
-from kvpoll.statemachine.ranks.host import Request
+from kvpoll.statemachine.ranks.host import Destination, Request
 from kvpoll.statemachine.ranks.pool import Pool
 from kvpoll.statemachine.ranks.receiver import Entry as ReceiverEntry
 from kvpoll.statemachine.ranks.receiver import ReceiverRank
 from kvpoll.statemachine.ranks.sender import Entry as SenderEntry
 from kvpoll.statemachine.ranks.sender import SenderRank
+from kvpoll.statemachine.routes import MISMATCH
 
 if TYPE_CHECKING:
-    from kvpoll.runtime.endpoint import Settings
+    from kvpoll.runtime.live_watch import PresumedWrites
+    from kvpoll.runtime.settings import Settings
 
 Pair = tuple[int, int]
 NOBODY: Final = Incarnation(0, 0, 0)
@@ -98,26 +101,61 @@ class Sender(SenderRank):
         self.real = engine.host
         self.pages = EnginePages(self.host, self.node, "kv", self.kv.size, self._freed)  # type: ignore[arg-type]
         self.kv = self.pages
+        self.leaving = False
+        self.aux_rows: dict[Pair, AuxRow] = {}
 
     def begin(self, pair: Pair, rid: str, engine: str) -> None:
         """Open a room."""
         entry = SenderEntry(_request(rid, pair), self.epoch)
         self.by_pair[pair] = entry
-        self.open(entry)
+        if self.open(entry) and entry.rejected is None:
+            for destination in list(self.destinations.get(self.key(entry.incarnation), {}).values()):
+                self._check(entry.incarnation, destination)
 
-    def send_chunk(self, pair: Pair, pages: tuple[int, ...], last: bool) -> None:
-        """The next pages of a prompt are computed: write them."""
+    def receive_metadata(self, incarnation: Incarnation, destination: Destination, required: int) -> None:
+        super().receive_metadata(incarnation, destination, required)
+        self._check(incarnation, destination)
+
+    def _check(self, incarnation: Incarnation, destination: Destination) -> None:
+        """Memory that this rank could not write to fails the request now, not when its KV is computed."""
+        if incarnation.pair not in self.by_pair or not destination.pages or self.real.writes is None:
+            return
+        problem = self.real.writes.problem(destination)
+        if problem is not None:
+            self.real.note(incarnation.pair, problem, self.real.reasons)
+            self.deliver("AbortRequested", incarnation, "layout_mismatch")
+
+    def send_chunk(self, pair: Pair, pages: tuple[int, ...], last: bool, row: AuxRow | None = None) -> None:
+        """The next pages of a prompt are computed: write them, and with the last of them what ``row`` says."""
         entry = self.by_pair.get(pair)
         if entry is None or self.poll(entry) not in ("WaitingForInput", "Transferring"):
             self._freed(pair, pages)
             return
         own, first = entry.incarnation, len(entry.pages)
+        if not self._counts_fit(own, first + len(pages), last):
+            self._freed(pair, pages)
+            return
+        if row is not None and last:
+            self.aux_rows[pair] = row
         self.pages.take(own, pages)
         self.deliver("PagesReserved", own)
         entry.pages += pages
         chunk, entry.chunk = entry.chunk, entry.chunk + 1
         self.host.emit(Computed(self.host.now, self.node, own, chunk))
         self.post(entry, chunk, first, pages, last)
+
+    def _counts_fit(self, own: Incarnation, count: int, last: bool) -> bool:
+        """Decode must get as many pages as it has published. Else its request would succeed with pages that nobody
+        filled; so it fails.
+        """
+        for destination in self.destinations.get(self.key(own), {}).values():
+            wanted = len(destination.pages)
+            if wanted and (count > wanted or (last and count < wanted)):
+                problem = f"prefill has {count} pages{'' if last else ' or more'}, decode published {wanted}"
+                self.real.note(own.pair, problem, self.real.reasons)
+                self.deliver("AbortRequested", own, "page_count_mismatch")
+                return False
+        return True
 
     def give_up(self, pair: Pair, cause: str) -> None:
         """The engine aborts."""
@@ -136,18 +174,32 @@ class Sender(SenderRank):
             self.deliver("Cleared", entry.incarnation)
         self.told(pair, "over", None)
 
-    def leave(self) -> None:
-        """Take this rank out of the bootstrap server's table; requests that are here go on."""
-        self.real.unregister(self.engine.name)
+    def leave(self, then: Callable[[], None] = lambda: None) -> None:
+        """Take this rank out of the bootstrap server's table, for good; requests that are here go on."""
+        self.leaving = True
+        self.real.unregister(self.engine.name, then)
+
+    def register(self, fact: str) -> None:
+        """A rank that leaves is not registered again by a retry, or because the server was restarted."""
+        if not self.leaving:
+            before = self.registration.state
+            super().register(fact)
+            if self.registration.state != before:
+                self.real.moment(self.registration.state.lower(), server=self.engine.name)
+        elif fact == "RegistrationAccepted":
+            self.real.unregister(self.engine.name)
 
     def refused(self, entry: SenderEntry) -> None:
         self.told(entry.request.pair, "poll", ("Failed", entry.rejected))
 
     def poll_changed(self, room: Room) -> None:
         self.told(room.incarnation.pair, "poll", (room.local.poll, self.real.why(room)))
+        if room.local.poll == "Failed" and self.real.writes is not None:
+            self.real.writes.abort(room.incarnation.pair)
 
     def _freed(self, pair: Pair, pages: tuple[int, ...]) -> None:
-        self.told(pair, "free", pages)
+        self.aux_rows.pop(pair, None)
+        self.told(pair, "free", [("page", page) for page in pages])
 
     def standing(self) -> tuple[bool, str]:
         """Can requests reach this rank, and how it is registered."""
@@ -173,9 +225,10 @@ class Receiver(ReceiverRank):
         self.real = engine.host
         self.pages = EnginePages(self.host, self.node, "kv", self.kv.size, self._freed)  # type: ignore[arg-type]
         self.kv = self.pages
-        self.rows = EnginePages(self.host, self.node, "aux", self.aux.size, lambda pair, rows: None)  # type: ignore[arg-type]
+        self.rows = EnginePages(self.host, self.node, "aux", self.aux.size, self._row_freed)  # type: ignore[arg-type]
         self.aux = self.rows
         self.committed: set[Pair] = set()
+        self.presumed: PresumedWrites | None = None
 
     def begin(self, pair: Pair, rid: str, engine: str) -> None:
         """Open a room, and find the way to its prefill ranks."""
@@ -185,12 +238,28 @@ class Receiver(ReceiverRank):
         if self.deliver("RequestOpened", entry.incarnation) and entry.rejected is None:
             self.finder.find(entry)
 
+    def receive_status(self, incarnation: Incarnation, index: int, outcome: str) -> None:
+        if self.presumed is not None and outcome == "Success":
+            self.presumed.quiet(incarnation, index)
+        super().receive_status(incarnation, index, outcome)
+
+    def receive_ack(self, incarnation: Incarnation, index: int) -> None:
+        if self.presumed is not None:
+            self.presumed.quiet(incarnation, index)
+        super().receive_ack(incarnation, index)
+
+    def bury(self, engine: str, epoch: int) -> None:
+        if self.presumed is not None:
+            self.presumed.ended(engine, epoch)
+        super().bury(engine, epoch)
+
     def publish_to(self, pair: Pair, pages: tuple[int, ...], row: int) -> None:
         """The engine has memory for a request."""
         entry = self.by_pair.get(pair)
         room = self.rooms.get(pair[0])
         if entry is None or room is None or room.incarnation.pair != pair or room.local.poll != "WaitingForInput":
             self._freed(pair, pages)
+            self._row_freed(pair, (row,))
             return
         self.pages.take(entry.incarnation, pages)
         self.rows.take(entry.incarnation, (row,))
@@ -207,6 +276,8 @@ class Receiver(ReceiverRank):
         entry = self.by_pair.get(pair)
         if entry is not None and entry.rejected is None and self.report(entry.incarnation).poll == SUCCESS:
             self.committed.add(pair)
+            owner = self.row_owners[entry.row]
+            self.host.emit(Committed(self.host.now, self.node, entry.incarnation, (), (), owner))
             self.deliver("Cleared", entry.incarnation)
 
     def finish(self, pair: Pair) -> None:
@@ -226,17 +297,25 @@ class Receiver(ReceiverRank):
             self.deliver("Cleared", own)
         self.told(pair, "over", None)
 
-    def leave(self) -> None:
+    def leave(self, then: Callable[[], None] = lambda: None) -> None:
         """Nobody lists a decode rank."""
+        then()
 
     def refused(self, entry: ReceiverEntry) -> None:
         self.told(entry.request.pair, "poll", ("Failed", entry.rejected))
 
     def poll_changed(self, room: Room) -> None:
-        self.told(room.incarnation.pair, "poll", (room.local.poll, self.real.why(room)))
+        pair, cause = room.incarnation.pair, self.real.why(room)
+        entry = self.by_pair.get(pair)
+        if entry is not None and cause == f"topology_{MISMATCH}":
+            cause = f"{cause}: {self.real.misfits.get(entry.engine)}"
+        self.told(pair, "poll", (room.local.poll, cause))
 
     def _freed(self, pair: Pair, pages: tuple[int, ...]) -> None:
-        self.told(pair, "free", pages)
+        self.told(pair, "free", [("page", page) for page in pages])
+
+    def _row_freed(self, pair: Pair, rows: tuple[int, ...]) -> None:
+        self.told(pair, "free", [("row", row) for row in rows])
 
     def standing(self) -> tuple[bool, str]:
         """Can requests finish on this rank?"""

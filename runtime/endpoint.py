@@ -16,8 +16,9 @@
     transfer.release()
 
 One endpoint is one rank. It has a loop in a thread of its own; every call of the engine returns at once and may come
-from any thread. What happens is learned by ``poll``, by a callback, or by awaiting. Polls are of this rank alone:
-ranks of a group merge theirs by minimum, as ``statemachine.agreement`` does it.
+from any thread (``wait*``, ``drain``, ``close`` and ``check`` wait, for as long as they say). What happens is learned
+by ``poll``, by a callback, or by awaiting. Polls are of this rank alone: ranks of a group merge theirs by minimum, as
+``statemachine.agreement`` does it.
 
 The engine owns the pages and says which ones a transfer uses. It gets them back by ``pages_free``, and not before: a
 transfer that has failed keeps its pages until every writer is proven quiet (S1), however long that takes. What waits
@@ -26,15 +27,14 @@ for that proof is counted as quarantined. Pages that are still held are refused 
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Final
 
 from kvpoll.runtime.bootstrap import RankInfo, Topology
@@ -42,253 +42,82 @@ from kvpoll.runtime.control import messages as wire
 from kvpoll.runtime.control.plane import ControlPlane
 from kvpoll.runtime.embedded import EmbeddedEngine, Receiver, Sender
 from kvpoll.runtime.host import Host
+from kvpoll.runtime.live_watch import LiveWatch, PresumedWrites
+from kvpoll.runtime.logs import Moments
 from kvpoll.runtime.loop import Loop
-from kvpoll.runtime.metrics import EndpointMetrics
-from kvpoll.runtime.pools import aux_row
+from kvpoll.runtime.memory import RowOwners
+from kvpoll.runtime.metrics import EndpointMetrics, serve
 from kvpoll.runtime.pools.layout import Layout
 from kvpoll.runtime.pools.pool import KVPool
 from kvpoll.runtime.server_watch import ServerWatch
+from kvpoll.runtime.settings import Settings, check
 from kvpoll.runtime.trace_file import TraceFile
+from kvpoll.runtime.transfer import DecodeTransfer, Key, KVPoll, PrefillTransfer, Transfer, TransferError
 from kvpoll.runtime.transports import allocate, make
+from kvpoll.runtime.transports.interface import TransportError
 from kvpoll.runtime.writes import Writes
-from kvpoll.spec.invariants import Watch
-from kvpoll.spec.protocol import Value, load
+from kvpoll.spec.protocol import load
 from kvpoll.spec.source import BadInput
 from kvpoll.spec.trace import NodeStarted, Violated
 from kvpoll.spec.vocabulary import POLL_NUMBERS
 from kvpoll.statemachine.conduct import probes_ranks, watches_server
-from kvpoll.statemachine.mapping import Sizes
 from kvpoll.statemachine.ranks.host import rank_name
 
+__all__ = [
+    "CLOSE_LIMIT_S", "DecodeEndpoint", "DecodeTransfer", "Endpoint", "KVPoll", "Layout", "PrefillEndpoint",
+    "PrefillTransfer", "Settings", "Transfer", "TransferError",
+]  # fmt: skip
+
 CLOSE_LIMIT_S: Final = 5.0
+"""``close`` returns within this time, and the two seconds that a transport may take."""
 
+SETTLE_LIMIT_S: Final = 1.0
+"""So long ``close`` waits for writes that were given up to become quiet, and for the bootstrap server's answer."""
 
-class KVPoll(IntEnum):
-    """How a transfer stands on this rank. Ranks merge by minimum."""
-
-    Failed = 0
-    Bootstrapping = 1
-    WaitingForInput = 2
-    Transferring = 3
-    Success = 4
-
-
-class TransferError(Exception):
-    """A call came at a moment when it cannot mean anything, or with pages that are not free. One line: cause, mend."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an endpoint is told.
-
-    layout: this rank's memory. bootstrap: "host:port" of the prefill engine's bootstrap server; prefill only.
-    name: of the engine; prefill's is its bootstrap address. sizes: parallel sizes of this engine (dp, pp, tp, cp), and
-    dp, pp, tp this rank's place. destinations: how many decode ranks write metadata for a room to each prefill rank
-    (decode TP / prefill TP, at least 1). pool: the engine's own memory; made here where it is None.
-
-    profile, rules: of the protocol; reference unless there is a reason. host, port: where the control plane listens.
-    transport, options: see ``kvpoll doctor``. epoch: this process's life, larger after every restart; by default
-    milliseconds of the wall clock. token: bearer token of the bootstrap server. secret: of the control plane.
-    monitored: check the invariants on what this rank does, as it does it. trace: record it to this file.
-    """
-
-    layout: Layout
-    bootstrap: str = ""
-    name: str = ""
-    sizes: Sizes = field(default_factory=Sizes)
-    dp: int = 0
-    pp: int = 0
-    tp: int = 0
-    destinations: int = 1
-    follows_room: bool = True
-    pool: KVPool | None = None
-    profile: str = "reference"
-    rules: dict[str, Value] = field(default_factory=dict)
-    host: str = "127.0.0.1"
-    port: int = 0
-    transport: str = "shm"
-    options: dict[str, Any] = field(default_factory=dict)
-    epoch: int | None = None
-    token: str | None = None
-    secret: bytes | None = None
-    monitored: bool = False
-    trace: Path | None = None
-
-
-class Transfer:
-    """One request's transfer on this rank. ``on_poll`` and ``on_pages_free`` are called from the endpoint's thread."""
-
-    def __init__(self, endpoint: Endpoint, rid: str, pair: tuple[int, int]) -> None:
-        self.endpoint = endpoint
-        self.rid = rid
-        self.pair = pair
-        self.on_poll: Callable[[Transfer, KVPoll], None] | None = None
-        self.on_pages_free: Callable[[Transfer], None] | None = None
-        self.is_over = False
-        self.admitted_s = time.monotonic()
-        self._poll = KVPoll.Bootstrapping
-        self._cause: str | None = None
-        self._holds = False
-        self._changed = threading.Condition()
-        self._awaiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-
-    def poll(self) -> KVPoll:
-        """How it stands now. Never waits."""
-        return self._poll
-
-    @property
-    def failure(self) -> str | None:
-        """Why it failed: the first cause, and what the peer said of it. None unless Failed."""
-        return self._cause
-
-    @property
-    def pages_free(self) -> bool:
-        """May the pages be used again? True also before the first were given."""
-        return not self._holds
-
-    def abort(self, cause: str = "aborted") -> None:
-        """Give up. The peer is told at once; ``release`` is still to be called."""
-        self.endpoint.do(self._abort, cause)
-
-    def _abort(self, cause: str) -> None:
-        self.endpoint.rank.give_up(self.pair, cause)
-
-    def release(self) -> None:
-        """The engine is done with this transfer, and on decode with its pages. Gives up what is not over yet."""
-        self.endpoint.do(self.endpoint.rank.finish, self.pair)
-
-    def wait(self, *polls: KVPoll, timeout_s: float) -> KVPoll:
-        """Block until the poll is one of these, Failed, or Success, or the time is over; returns it."""
-        wanted = {*polls, KVPoll.Failed, KVPoll.Success}
-        with self._changed:
-            self._changed.wait_for(lambda: self._poll in wanted, timeout_s)
-        return self._poll
-
-    def wait_pages_free(self, timeout_s: float) -> bool:
-        """Block until the pages may be used again, or the time is over."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._holds, timeout_s)
-
-    async def reached(self, *polls: KVPoll) -> KVPoll:
-        """Await one of these polls, Failed or Success. Bound it with ``asyncio.timeout`` where that is wanted."""
-        wanted = {*polls, KVPoll.Failed, KVPoll.Success}
-        mine = (asyncio.get_running_loop(), asyncio.Event())
-        self._awaiting.append(mine)
-        try:
-            while self._poll not in wanted:
-                await mine[1].wait()
-                mine[1].clear()
-        finally:
-            self._awaiting.remove(mine)
-        return self._poll
-
-    # -- from the endpoint's thread
-
-    def _move(self, poll: KVPoll, cause: str | None) -> None:
-        """The room has another poll."""
-        with self._changed:
-            self._poll = poll
-            self._cause = cause if poll == KVPoll.Failed else None
-            self._changed.notify_all()
-        self._wake()
-        if self.on_poll is not None:
-            self.on_poll(self, poll)
-
-    def _hold(self, holds: bool) -> None:
-        """Pages were taken, or came back."""
-        if holds == self._holds:
-            return
-        with self._changed:
-            self._holds = holds
-            self._changed.notify_all()
-        self._wake()
-        if not holds and self.on_pages_free is not None:
-            self.on_pages_free(self)
-
-    def _wake(self) -> None:
-        for loop, event in list(self._awaiting):
-            loop.call_soon_threadsafe(event.set)
-
-
-class PrefillTransfer(Transfer):
-    """Prefill's end: the source."""
-
-    def send(self, pages: Sequence[int], last: bool = False) -> None:
-        """Send the prompt's next pages, whose KV is computed; ``last`` with the final ones, which may be none.
-
-        Each decode rank gets what it needs of them. Raises TransferError when a page is held by another transfer.
-        """
-        given = tuple(int(page) for page in pages)
-        self.endpoint.claim(self, given)
-        self.endpoint.do(self._send, given, last)
-
-    def _send(self, pages: tuple[int, ...], last: bool) -> None:
-        rank = self.endpoint.rank
-        assert isinstance(rank, Sender)
-        rank.send_chunk(self.pair, pages, last)
-
-
-class DecodeTransfer(Transfer):
-    """Decode's end: the destination."""
-
-    def publish(self, pages: Sequence[int], row: int) -> None:
-        """Tell prefill where to write: pages in prompt order, and the aux row. Once, when WaitingForInput.
-
-        Raises TransferError when a page is held by another transfer.
-        """
-        given = tuple(int(page) for page in pages)
-        self.endpoint.claim(self, given)
-        self.endpoint.do(self._publish, given, row)
-
-    def _publish(self, pages: tuple[int, ...], row: int) -> None:
-        rank = self.endpoint.rank
-        assert isinstance(rank, Receiver)
-        rank.publish_to(self.pair, pages, row)
-
-    def commit(self) -> None:
-        """After Success: the engine decodes from the pages. Nothing can fail this transfer any more; ``release`` gives
-        the pages back when the request has ended.
-        """
-        rank = self.endpoint.rank
-        assert isinstance(rank, Receiver)
-        self.endpoint.do(rank.commit, self.pair)
-
-    def aux(self, row: int) -> aux_row.AuxRow | None:
-        """What the aux row says; None when it is not this request's (S5)."""
-        found = aux_row.unpack(self.endpoint.pool.get_row(row))
-        return found if found is not None and found.pair == self.pair else None
+ROOM_MAX: Final = 2**63 - 1
+_numbers = itertools.count()
 
 
 class Endpoint:
     """What both ends share: the thread, the memory, the transport. Use ``PrefillEndpoint`` or ``DecodeEndpoint``.
 
-    Raises BadInput when it cannot start; then nothing is left of it.
+    node: this rank's name. epoch: this life of it. pool: its memory (``KVPool``). transfers: by (room, attempt), until
+    they are over. violations: what monitored mode has found. callback_errors: callbacks of the engine that raised.
+
+    Raises BadInput, one line with the mend, when it cannot start; then nothing is left of it: no thread, no socket.
     """
 
     side = ""
 
     def __init__(self, settings: Settings) -> None:
+        check(settings, self.side)
         self.settings = settings
         self.protocol = load()
         self.profile = self.protocol.profile(settings.profile).with_rules(settings.rules)
         self.epoch = settings.epoch if settings.epoch is not None else time.time_ns() // 1_000_000
         self.engine_name = self._engine_name()
-        self.node = rank_name(self.engine_name, settings.sizes, settings.dp, settings.pp, settings.tp)
+        sizes = settings.sizes
+        self.node = rank_name(self.engine_name, sizes, settings.dp, settings.pp, settings.tp, settings.cp)
         self.transfers: dict[tuple[int, int], Transfer] = {}
         self.violations: list[Violated] = []
+        self.callback_errors = 0
         self.is_draining = False
-        self._claims: dict[int, tuple[int, int]] = {}
+        self.is_closed = False
+        self.log = Moments(self.node, self.epoch)
+        self._claims: dict[Key, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._trace: TraceFile | None = None
-        self._plane = ControlPlane(self.node, self.epoch, settings.host, settings.port, token=settings.secret)
-        try:
-            self._build()
-        except BaseException:
-            self._plane.close()
-            raise
-        self._thread = threading.Thread(target=self._run, name=f"kvpoll {self.node}", daemon=True)
-        self._plane.hand_over()
-        self._thread.start()
+        self._metrics_closes: list[Callable[[], None]] = []
+        with ExitStack() as undo:
+            self._plane = ControlPlane(
+                self.node, self.epoch, settings.host, settings.port, token=settings.secret, on_dropped=self._dropped
+            )
+            undo.callback(self._plane.close)
+            self._build(undo)
+            self._thread = threading.Thread(target=self._run, name=f"kvpoll {self.node}", daemon=True)
+            self._plane.hand_over()
+            self._thread.start()
+            undo.pop_all()
 
     def _engine_name(self) -> str:
         raise AssertionError("an endpoint of no side")
@@ -296,7 +125,9 @@ class Endpoint:
     def _make_rank(self, engine: EmbeddedEngine) -> Sender | Receiver:
         raise AssertionError("an endpoint of no side")
 
-    def _build(self) -> None:
+    # -- being built
+
+    def _build(self, undo: ExitStack) -> None:
         settings = self.settings
         loop = Loop(self._plane)
         servers = {self.engine_name: settings.bootstrap} if settings.bootstrap else {}
@@ -304,52 +135,71 @@ class Endpoint:
             self.protocol, self.profile, self._plane, loop, _Lengths(settings.layout.page_tokens), servers,
             self.epoch, settings.token, mla=settings.layout.kind == "mla",
         )  # fmt: skip
+        undo.callback(host.close)
         host.fits = self._problem
+        host.moment = self.log
         if settings.trace is not None:
-            header = {
-                "node": self.node,
-                "epoch": self.epoch,
-                "profile": self.profile.name,
-                "spec": self.protocol.digest,
-            }
-            self._trace = TraceFile(settings.trace, header)
-            host.stream.recording = True
-            host.emitted.append(self._trace)
-        if settings.monitored:
-            self._watch = Watch(host.stream, self.protocol.bounds)
-            host.stream.subscribe(Violated, self.violations.append)
-            host.watch_due = self._watch
-        self.pool = settings.pool or KVPool.on_host(
-            settings.layout, allocate(settings.transport, settings.layout.total_bytes)
-        )
-        self.transport = make(
-            settings.transport, self.node, self.epoch, self._woken,
-            lambda node, epoch: loop.post(host.saw_end, node, epoch), **settings.options,
-        )  # fmt: skip
-        try:
-            host.memory = (self.transport.register(self.pool.regions()), settings.layout.to_bytes())
-        except Exception as error:
-            self.transport.close()
-            raise BadInput(f"{settings.transport}: {error}") from None
-        host.writes = Writes(host, self.pool, self.transport)
-        engine = EmbeddedEngine(host, self.engine_name, self.epoch, settings)
-        self.rank = self._make_rank(engine)
+            self._record(settings.trace)
+            undo.callback(self._end_trace)
+        watch = LiveWatch(host, self._violated) if settings.monitored else None
+        self._make_memory(undo)
+        self.rank = self._make_rank(EmbeddedEngine(host, self.engine_name, self.epoch, settings))
         self.rank.told = self._told
         host.rank = self.rank
+        if watch is not None and isinstance(self.rank, Receiver):
+            self.rank.presumed = PresumedWrites(self.rank, watch.watch)
         self.metrics = EndpointMetrics(self)
         host.emit(NodeStarted(host.now, self.node, self.epoch))
+
+    def _make_memory(self, undo: ExitStack) -> None:
+        settings, host = self.settings, self.host
+        try:
+            self.transport = make(
+                settings.transport, self.node, self.epoch, self._woken,
+                lambda node, epoch: host.loop.post(host.saw_end, node, epoch), **settings.options,
+            )  # fmt: skip
+            undo.callback(self.transport.close)
+            region = None if settings.pool is not None else allocate(settings.transport, settings.layout.total_bytes)
+            self.pool = settings.pool or KVPool.on_host(settings.layout, region)
+            descriptor = self.transport.register(self.pool.regions())
+        except (TransportError, OSError) as error:
+            raise BadInput(f"{settings.transport}: {error}") from None
+        host.memory = (descriptor, settings.layout.to_bytes())
+        host.writes = Writes(host, self.pool, self.transport)
+
+    def _record(self, path: Any) -> None:
+        header = {
+            "node": self.node, "epoch": self.epoch, "profile": self.profile.name, "spec": self.protocol.digest,
+        }  # fmt: skip
+        try:
+            self._trace = TraceFile(path, header)
+        except OSError as error:
+            raise BadInput(f"{path}: the trace cannot be written: {error.strerror}; choose another path") from None
+        self.host.stream.recording = True
+        self.host.emitted.append(self._trace)
+
+    def _end_trace(self) -> None:
+        if self._trace is not None:
+            self._trace.close()
 
     def _woken(self) -> None:
         writes = getattr(self.host, "writes", None)
         if writes is not None:
             writes.wake()
 
-    def _run(self) -> None:
-        self.host.loop.run(self.host.receive)
-        self.host.close()
-        self._plane.close(linger_s=0.2)
-
     # -- from the engine
+
+    @property
+    def sender(self) -> Sender:
+        """The rank, of a prefill endpoint."""
+        assert isinstance(self.rank, Sender)
+        return self.rank
+
+    @property
+    def receiver(self) -> Receiver:
+        """The rank, of a decode endpoint."""
+        assert isinstance(self.rank, Receiver)
+        return self.rank
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -362,77 +212,122 @@ class Endpoint:
         return self._plane.missed
 
     def do(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Have the endpoint's thread call a function."""
+        """Have the endpoint's thread call a function; of a closed endpoint, nothing."""
         self.host.loop.post(function, *arguments)
 
-    def claim(self, transfer: Transfer, pages: tuple[int, ...]) -> None:
-        """These pages belong to this transfer until they are free. Raises TransferError when one cannot."""
-        size = self.settings.layout.pages
+    def contained(self, transfer: Transfer, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        """Carry out what an engine ordered. A defect of ours on the way fails this transfer and no other (A27)."""
+        try:
+            function(*arguments)
+        except Exception:
+            try:
+                self.rank.give_up(transfer.pair, "internal_error")
+            finally:
+                if transfer.poll() not in (KVPoll.Failed, KVPoll.Success):
+                    transfer.move(KVPoll.Failed, "internal_error")
+            raise
+
+    def refuse_own_thread(self, what: str) -> None:
+        """Raises TransferError in the endpoint's thread, which is where callbacks run: it would wait for itself."""
+        if threading.current_thread() is self._thread:
+            raise TransferError(f"{what} was called in a callback and would wait for itself; call it in another thread")
+
+    def claim(self, transfer: Transfer, keys: Sequence[Key]) -> None:
+        """This memory belongs to this transfer until it is free. Raises TransferError when some of it cannot."""
+        layout = self.settings.layout
+        sizes = {"page": layout.pages, "row": layout.rows}
         with self._lock:
-            for page in pages:
-                if not 0 <= page < size:
-                    raise TransferError(f"page {page} is outside the pool of {size} pages")
-                holder = self._claims.get(page, transfer.pair)
-                if holder != transfer.pair:
+            if self.is_closed:
+                raise TransferError(f"{self.node} is closed")
+            for key in keys:
+                kind, number = key
+                if not 0 <= number < sizes[kind]:
+                    raise TransferError(f"{kind} {number} is outside the pool of {sizes[kind]} {kind}s")
+                holder = self._claims.get(key)
+                if holder == transfer.pair:
+                    raise TransferError(f"{kind} {number} was given to {transfer.rid} before; it is sent once")
+                if holder is not None:
+                    room, attempt = holder
                     raise TransferError(
-                        f"page {page} is still held by room {holder[0]} attempt {holder[1]}: wait for its pages_free"
+                        f"{kind} {number} is still held by room {room} attempt {attempt}: wait for its pages_free"
                     )
-            for page in pages:
-                self._claims[page] = transfer.pair
-        if pages:
-            transfer._hold(True)
+            self._claims.update(dict.fromkeys(keys, transfer.pair))
+            transfer.take(keys)
 
     def _open(self, transfer: Transfer) -> None:
+        room, attempt = transfer.pair
+        if not 0 < room <= ROOM_MAX or not 0 <= attempt <= ROOM_MAX:
+            raise TransferError(f"room {room} attempt {attempt}: rooms are from 1 to 2^63 - 1, attempts from 0")
         with self._lock:
+            if self.is_closed:
+                raise TransferError(f"{self.node} is closed")
             if self.is_draining:
                 raise TransferError(f"{self.node} is draining and takes no new requests")
-            if not 0 < transfer.pair[0] < 1 << 63:
-                raise TransferError(f"room {transfer.pair[0]} is not from 1 to 2^63 - 1")
             if transfer.pair in self.transfers:
-                raise TransferError(f"room {transfer.pair[0]} is in use; give another attempt number, or another room")
+                raise TransferError(f"room {room} is in use; give another attempt number, or another room")
             self.transfers[transfer.pair] = transfer
+        self.log("admitted", transfer.pair, rid=transfer.rid)
 
     def health(self) -> dict[str, Any]:
-        """Can a request finish here? ``ok`` is the answer, the rest says why."""
-        ok, why = self.rank.standing()
+        """Can a request finish here? ``ok`` is the answer, the rest says why. Any thread.
+
+        state: of the registration ("registered", "registering", "exhausted"), "serving", "draining", or "closed".
+        transfers, quarantined_pages: counts. defects: the first errors inside the endpoint; each cost one request.
+        """
+        able, why = self.rank.standing()
+        state = "closed" if not self._thread.is_alive() else "draining" if self.is_draining else why
         return {
-            "ok": ok and not self.is_draining and not self.host.loop.failed and self._thread.is_alive(),
-            "state": "draining" if self.is_draining else why,
-            "transfers": len(self.transfers), "quarantined_pages": self.rank.quarantined_pages(),
-            "defects": list(self.host.loop.failed),
+            "ok": able and state not in ("closed", "draining"), "state": state, "transfers": len(self.transfers),
+            "quarantined_pages": self.rank.quarantined_pages(), "defects": list(self.host.loop.failed),
         }  # fmt: skip
 
-    def drain(self, timeout_s: float) -> bool:
-        """Planned scale-down: take no more requests, and wait until those that are here are over and their pages
-        free. True when nothing is left; only then do ``close`` and the Goodbye to peers lose nothing.
+    def serve_metrics(self, port: int, host: str = "127.0.0.1") -> int:
+        """Serve ``metrics.text()`` at /metrics over HTTP until ``close``; port 0 is any. Returns the port.
+
+        Raises BadInput when the address is taken or is none of this machine.
         """
+        found, close = serve(self.metrics.registry, port, host)
+        self._metrics_closes.append(close)
+        return found
+
+    def drain(self, timeout_s: float) -> bool:
+        """Planned scale-down: take no more requests, be found by none, and wait until those that are here are over and
+        their pages free. True when nothing is left; only then do ``close`` and the Goodbye to peers lose nothing.
+        Raises TransferError in a callback.
+        """
+        self.refuse_own_thread("drain")
         with self._lock:
-            self.is_draining = True
-        self.do(self.rank.leave)
+            first, self.is_draining = not self.is_draining, True
+        if first:
+            self.do(self.rank.leave)
         end_s = time.monotonic() + timeout_s
-        while time.monotonic() < end_s:
+        while True:
             if not self.transfers and not self._claims and not len(self.host.writes or ()):
                 return True
+            if time.monotonic() >= end_s or not self._thread.is_alive():
+                return False
             time.sleep(0.005)
-        return False
 
     def close(self) -> None:
-        """End the thread, the sockets and the transport, within CLOSE_LIMIT_S. Peers are told goodbye if nothing of
-        theirs is held any more; else they will find out, since nothing may be promised to them.
+        """Give up what is not over, tell the peers, and end the thread, the sockets and the transport; within
+        CLOSE_LIMIT_S and two seconds. A second close does nothing. Raises TransferError in a callback.
+
+        Peers are told Goodbye when no write of this rank is under way any more; their quarantined pages come back with
+        it. Else they will find out by themselves, since nothing may be promised to them. Pages of this rank that are
+        not free by then will never be: the process must keep the memory, or end.
         """
-        if not self._thread.is_alive():
-            return
+        self.refuse_own_thread("close")
+        with self._lock:
+            if self.is_closed:
+                return
+            self.is_closed = True
         self.do(self._end)
         self._thread.join(CLOSE_LIMIT_S)
         self.transport.close()
-        if self._trace is not None:
-            self._trace.close()
-
-    def _end(self) -> None:
-        if not len(self.host.writes or ()):
-            for node in list(self.host.directory):
-                self.host.tell(node, wire.Goodbye("closed"), "Goodbye", self.rank.nobody)
-        self.host.loop.stop()
+        for close in self._metrics_closes:
+            close()
+        self._end_trace()
+        self.log("closed")
 
     def __enter__(self) -> Any:
         return self
@@ -440,94 +335,161 @@ class Endpoint:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # -- from the rank
+    # -- in the endpoint's thread
+
+    def _run(self) -> None:
+        try:
+            self.host.loop.run(self.host.receive)
+        finally:
+            self.host.close()
+            self._plane.close(linger_s=0.2)
+            for transfer in list(self.transfers.values()):
+                if transfer.poll() not in (KVPoll.Failed, KVPoll.Success):
+                    transfer.move(KVPoll.Failed, "endpoint_closed")
+
+    def _end(self) -> None:
+        for pair in list(self.transfers):
+            self.rank.give_up(pair, "endpoint_closed")
+        open_calls = [self.rank]
+        self.rank.leave(open_calls.clear)
+        self._leave(self.host.now + SETTLE_LIMIT_S, open_calls)
+
+    def _leave(self, until: float, open_calls: list[Any]) -> None:
+        """Say Goodbye once nothing moves any more, or be silent."""
+        writes = len(self.host.writes or ())
+        if (writes or open_calls) and self.host.now < until:
+            self.host.after(0.005, self._leave, until, open_calls)
+            return
+        if not writes:
+            for node in list(self.host.directory):
+                self.host.tell(node, wire.Goodbye("closed"), "Goodbye", self.rank.nobody)
+        self.host.loop.stop()
 
     def _told(self, pair: tuple[int, int], what: str, detail: Any) -> None:
-        """The rank tells of a transfer: "poll" (name, cause), "free" (pages), "over"."""
+        """The rank tells of a transfer: "poll" (name, cause), "free" (keys), "over"."""
         transfer = self.transfers.get(pair)
-        if what == "free":
-            with self._lock:
-                for page in detail:
-                    self._claims.pop(page, None)
-        if transfer is None:
-            return
         if what == "poll":
             name, cause = detail
-            if name in POLL_NUMBERS:
-                self.metrics.moved(transfer, name, cause)
-                transfer._move(KVPoll(POLL_NUMBERS[name]), cause)
-        elif what == "free":
-            transfer._hold(False)
-        elif what == "over":
-            transfer.is_over = True
+            if transfer is not None and name in POLL_NUMBERS:
+                self._moved(transfer, name, cause)
+            return
+        if what == "free":
+            with self._lock:
+                for key in detail:
+                    if self._claims.get(key) == pair:
+                        del self._claims[key]
+            if transfer is not None:
+                transfer.give_back(detail)
+                if transfer.poll() == KVPoll.Failed and detail and detail[0][0] == "page":
+                    self.log("released", pair, rid=transfer.rid, pages=len(detail))
+        if transfer is not None and transfer.forget():
             self.transfers.pop(pair, None)
 
+    def _moved(self, transfer: Transfer, name: str, cause: str | None) -> None:
+        self.metrics.moved(transfer, name, cause)
+        transfer.move(KVPoll(POLL_NUMBERS[name]), cause)
+        if name == "Failed":
+            self.log("failed", transfer.pair, rid=transfer.rid, cause=cause)
+            if not transfer.pages_free:
+                self.log("quarantined", transfer.pair, rid=transfer.rid, cause=cause, pages=transfer.pages_held())
+        elif name == "Success":
+            self.log("succeeded", transfer.pair, rid=transfer.rid)
+
+    def _violated(self, event: Violated) -> None:
+        self.violations.append(event)
+        self.log("violated", event.pair, invariant=event.invariant, text=event.text)
+
+    def _dropped(self, reason: str) -> None:
+        count = self._plane.dropped[reason]
+        if count & (count - 1) == 0:
+            self.log("messages_dropped", reason=reason, count=count)
+
     def _problem(self, topology: Topology) -> str | None:
-        """Why a prefill engine cannot serve this rank, or None."""
-        layout = self.settings.layout
+        """Why a prefill engine cannot serve this rank: one line with the mend, or None."""
+        layout, tp = self.settings.layout, self.settings.sizes.tp
         if topology.page_size != layout.page_tokens:
-            return f"page size differs: prefill has {topology.page_size} tokens, decode has {layout.page_tokens}"
+            return (
+                f"page size differs: prefill has {topology.page_size} tokens, decode has {layout.page_tokens}; "
+                f"start both with the same --page-size"
+            )
         if topology.kv_cache_dtype not in (None, layout.dtype):
-            return f"KV dtype differs: prefill has {topology.kv_cache_dtype}, decode has {layout.dtype}"
-        few, many = sorted((topology.attn_tp_size, self.settings.sizes.tp))
+            return (
+                f"KV dtype differs: prefill has {topology.kv_cache_dtype}, decode has {layout.dtype}; "
+                f"start both with the same --kv-cache-dtype"
+            )
+        few, many = sorted((topology.attn_tp_size, tp))
         if many % few:
-            return f"TP sizes do not fit: prefill has {topology.attn_tp_size}, decode has {self.settings.sizes.tp}"
+            return (
+                f"TP sizes do not fit: prefill has {topology.attn_tp_size}, decode has {tp}; one must divide the other"
+            )
         return None
 
 
 class PrefillEndpoint(Endpoint):
-    """The prefill end of one rank."""
+    """The prefill end of one rank. It registers by itself, and again when the bootstrap server was restarted."""
 
     side = "prefill"
 
     def _engine_name(self) -> str:
-        if not self.settings.bootstrap:
-            raise BadInput("a prefill endpoint needs its engine's bootstrap server: give bootstrap = 'HOST:PORT'")
         return self.settings.bootstrap
 
     def _make_rank(self, engine: EmbeddedEngine) -> Sender:
-        settings = self.settings
-        rank = Sender(engine, self.node, settings.dp, settings.pp, settings.tp, 0)
+        settings, host = self.settings, self.host
+        rank = Sender(engine, self.node, settings.dp, settings.pp, settings.tp, settings.cp)
         ip, _, port = self._plane.endpoint.removeprefix("tcp://").rpartition(":")
         dp, pp, tp, cp = settings.sizes
         layout, balance = settings.layout, "follow_bootstrap_room" if settings.follows_room else "total_requests"
-        self.host.info = RankInfo(
+        host.info = RankInfo(
             rank_ip=ip, rank_port=int(port), page_size=layout.page_tokens, kv_cache_dtype=layout.dtype,
-            attn_tp_size=tp, attn_tp_rank=settings.tp, attn_cp_size=cp, pp_size=pp, pp_rank=settings.pp,
-            system_dp_size=dp, system_dp_rank=settings.dp, load_balance_method=balance,
-            process_epoch=self.epoch, rank_name=self.node, node=self.node,
+            attn_tp_size=tp, attn_tp_rank=settings.tp, attn_cp_size=cp, attn_cp_rank=settings.cp,
+            pp_size=pp, pp_rank=settings.pp, system_dp_size=dp, system_dp_rank=settings.dp,
+            load_balance_method=balance, process_epoch=self.epoch, rank_name=self.node, node=self.node,
         )  # fmt: skip
-        self.host.loop.post(rank.register, "Started")
+        assert host.writes is not None
+        host.writes.rows_said = rank.aux_rows
+        host.loop.post(rank.register, "Started")
         if watches_server(self.profile):
-            self.host.loop.post(self._watch_server, rank)
+            host.loop.post(self._watch_server, rank)
         return rank
 
     def _watch_server(self, rank: Sender) -> None:
         ServerWatch(self.host, self.engine_name, restarted=lambda: rank.register("ServerRestarted"))
 
-    def admit(self, room: int, attempt: int = 0, rid: str | None = None) -> PrefillTransfer:
-        """A request was routed here. ``attempt`` counts earlier uses of the same room number.
+    def admit(
+        self,
+        room: int,
+        attempt: int = 0,
+        rid: str | None = None,
+        on_poll: Callable[[PrefillTransfer, KVPoll], None] | None = None,
+        on_pages_free: Callable[[PrefillTransfer], None] | None = None,
+    ) -> PrefillTransfer:
+        """A request was routed here. room: the number both sides were given, from 1 to 2^63 - 1; attempt counts earlier
+        uses of the same number. The callbacks are those of ``Transfer``.
 
-        Raises TransferError when the room is in use or the endpoint drains.
+        Raises TransferError when this pair is in use, the endpoint drains or is closed. Whether another attempt of a
+        room may live here yet is the machine's to say: if not, the transfer turns Failed with "room_in_use".
         """
-        transfer = PrefillTransfer(self, rid or f"{room}/{attempt}", (room, attempt))
+        transfer = PrefillTransfer(self, rid or f"{room}/{attempt}", (room, attempt), on_poll, on_pages_free)
         self._open(transfer)
-        self.do(self.rank.begin, transfer.pair, transfer.rid, self.engine_name)
+        self.do(self.contained, transfer, self.rank.begin, (transfer.pair, transfer.rid, self.engine_name))
         return transfer
 
     def wait_registered(self, timeout_s: float) -> None:
-        """Block until the bootstrap server lists this rank. Raises BadInput, naming the server, when it does not."""
-        end_s = time.monotonic() + timeout_s
-        while time.monotonic() < end_s:
-            if self.rank.standing()[0]:
-                return
-            time.sleep(0.01)
-        address = self.settings.bootstrap
-        answer = self.host.last_answer or "no answer yet"
-        raise BadInput(
-            f"{address}: this rank is not registered after {timeout_s:g} s ({answer}); "
-            f"start the server (kvpoll serve --port {address.rpartition(':')[2]}), or give its address"
-        )
+        """Block until the bootstrap server lists this rank. Raises BadInput, naming the server, when it does not in
+        time, and at once when the server refuses this rank for good (a wrong token).
+        """
+        self.refuse_own_thread("wait_registered")
+        address, end_s = self.settings.bootstrap, time.monotonic() + timeout_s
+        while not self.rank.standing()[0]:
+            answer = self.host.last_answer or "no answer yet"
+            if answer.startswith(("PUT /route 401", "PUT /route 403")):
+                raise BadInput(f"{address}: this rank may not register ({answer}); give the server's token")
+            if time.monotonic() >= end_s:
+                raise BadInput(
+                    f"{address}: this rank is not registered after {timeout_s:g} s ({answer}); "
+                    f"start the server (kvpoll serve --port {address.rpartition(':')[2]}), or give its address"
+                )
+            time.sleep(0.005)
 
 
 class DecodeEndpoint(Endpoint):
@@ -536,36 +498,37 @@ class DecodeEndpoint(Endpoint):
     side = "decode"
 
     def _engine_name(self) -> str:
-        name = self.settings.name or self._plane_name()
-        if "/" in name:
-            raise BadInput(f"{name!r}: an engine's name has no slash; ranks are named below it")
-        return name
-
-    def _plane_name(self) -> str:
-        return f"decode@{socket.gethostname()}:{os.getpid()}"
+        return self.settings.name or f"decode@{socket.gethostname()}:{os.getpid()}.{next(_numbers)}"
 
     def _make_rank(self, engine: EmbeddedEngine) -> Receiver:
-        return Receiver(engine, self.node, self.settings.tp)
+        self._watched: dict[str, ServerWatch] = {}
+        rank = Receiver(engine, self.node, self.settings.tp)
+        rank.row_owners = RowOwners(self.pool)  # type: ignore[assignment]  # looks into the memory itself
+        return rank
 
-    def admit(self, room: int, bootstrap: str, attempt: int = 0, rid: str | None = None) -> DecodeTransfer:
+    def admit(
+        self,
+        room: int,
+        bootstrap: str,
+        attempt: int = 0,
+        rid: str | None = None,
+        on_poll: Callable[[DecodeTransfer, KVPoll], None] | None = None,
+        on_pages_free: Callable[[DecodeTransfer], None] | None = None,
+    ) -> DecodeTransfer:
         """A request was routed here, and its prefill to the engine whose bootstrap server this is ("host:port").
 
         Raises TransferError as ``PrefillEndpoint.admit``, and BadInput for an address that is none.
         """
         self.host.add_server(bootstrap, bootstrap)
-        transfer = DecodeTransfer(self, rid or f"{room}/{attempt}", (room, attempt))
+        transfer = DecodeTransfer(self, rid or f"{room}/{attempt}", (room, attempt), on_poll, on_pages_free)
         self._open(transfer)
-        self.do(self._begin, transfer, bootstrap)
+        self.do(self.contained, transfer, self._begin, (transfer, bootstrap))
         return transfer
 
     def _begin(self, transfer: DecodeTransfer, bootstrap: str) -> None:
         if not probes_ranks(self.profile) and bootstrap not in self._watched:
             self._watched[bootstrap] = ServerWatch(self.host, bootstrap, suspect=lambda: self.rank.suspect(bootstrap))
         self.rank.begin(transfer.pair, transfer.rid, bootstrap)
-
-    def _build(self) -> None:
-        self._watched: dict[str, ServerWatch] = {}
-        super()._build()
 
     def check(self, bootstrap: str) -> None:
         """Ask a prefill engine's bootstrap server whether the two fit. Raises BadInput: unreachable, not ready, or a
@@ -580,7 +543,7 @@ class DecodeEndpoint(Endpoint):
             )
         problem = self._problem(body)
         if problem is not None:
-            raise BadInput(f"{bootstrap}: {problem}; start both sides with the same model and options")
+            raise BadInput(f"{bootstrap}: {problem}")
 
 
 @dataclass(frozen=True)

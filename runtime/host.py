@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NamedTuple
 
+from msgspec.structs import replace
+
 from kvpoll.runtime.bootstrap import BootstrapClient, Caller, Coordinate, RankInfo, Topology
 from kvpoll.runtime.bootstrap import Reply as HttpReply
 from kvpoll.runtime.control import messages as wire
@@ -92,9 +94,11 @@ class Host:
         self.mail: dict[type[Any], Callable[[Envelope, Any], None]] = {}
         self.peer_causes: dict[tuple[int, int], str] = {}
         self.reasons: dict[tuple[int, int], str] = {}
+        self.misfits: dict[str, str] = {}
         self.fits: Callable[[Topology], str | None] = lambda topology: None
         self.watch_due: Watch | None = None
         self.last_answer: str | None = None
+        self.moment: Callable[..., None] = lambda event, **fields: None
         self.emitted: list[Callable[[Any], None]] = []
         self.on_sent: Callable[[], None] = lambda: None
         self.unsent = 0
@@ -104,6 +108,8 @@ class Host:
         self.servers = {name: Server(where, BootstrapClient(where, timely, token)) for name, where in servers.items()}
         self._plans: dict[str, tuple[Plan, Topology]] = {}
         self._alive_since: dict[str, int] = {}
+        self._known_as: dict[str, str] = {}
+        self._calls_itself: dict[str, str] = {}
         self._caller = Caller(lambda function: loop.post(function))
         self._heartbeats = Heartbeats(
             self.machines, profile, loop.now, self._ping, self._suspected, self._dead, self._restored
@@ -205,7 +211,8 @@ class Host:
         """Hand a message to a node's channel. False when its address is unknown or the channel refuses it."""
         address = self.directory.get(to)
         epoch = None if any_life or address is None else address.epoch
-        heard = address is not None and self.plane.send(address.endpoint, to, epoch, message)
+        own_name = self._calls_itself.get(to, to)
+        heard = address is not None and self.plane.send(address.endpoint, own_name, epoch, message)
         if self.stream.recording:
             serial = self.plane.serial_of(address.endpoint) if address is not None else 0
             self.emit(Sent(self.now, self.node, to, name, incarnation, serial))
@@ -219,6 +226,8 @@ class Host:
     def receive(self) -> None:
         """Take what the control plane has, and hand it to the rank."""
         for envelope, message in self.plane.receive():
+            if envelope.node in self._known_as:
+                envelope = replace(envelope, node=self._known_as[envelope.node])
             known = self.directory.get(envelope.node)
             if known is None or envelope.epoch >= known.epoch:
                 self.directory[envelope.node] = Address(envelope.endpoint, envelope.epoch)
@@ -287,10 +296,11 @@ class Host:
     def _ping(self, node: str, serial: int) -> None:
         address = self.directory.get(node)
         if address is not None:
-            self.plane.send(address.endpoint, node, None, wire.Ping(serial))
+            self.plane.send(address.endpoint, self._calls_itself.get(node, node), None, wire.Ping(serial))
 
     def _suspected(self, node: str) -> None:
         self.mark(self.node, "peer_suspected")
+        self.moment("peer_suspected", peer=node)
         if self.rank is not None:
             self.rank.suspect(engine_of(node))
 
@@ -302,22 +312,26 @@ class Host:
     def bury(self, node: str, alive_since: int) -> None:
         """It is proven that every life of this node's engine before ``alive_since`` is over."""
         self.mark(self.node, "peer_died")
+        if alive_since > self._alive_since.get(engine_of(node), 0):
+            self.moment("peer_died", peer=node, before_epoch=alive_since)
         self._alive_since[engine_of(node)] = max(alive_since, self._alive_since.get(engine_of(node), 0))
         if self.rank is not None:
             self.rank.bury(engine_of(node), alive_since)
 
     def saw_end(self, node: str, epoch: int) -> None:
         """The operating system says that this life of a peer process is over (the transport's ``on_death``)."""
-        self.bury(node, epoch + 1)
+        self.bury(self._known_as.get(node, node), epoch + 1)
 
     def _left(self, envelope: Envelope) -> None:
         """A peer said goodbye: it had drained, and nothing more will come of it."""
+        self.moment("peer_left", peer=envelope.node)
         self._heartbeats.unwatch(envelope.node)
         self.bury(envelope.node, envelope.epoch + 1)
 
     def _restored(self, node: str) -> None:
         if self.rank is not None:
             self.mark(self.node, "link_restored")
+            self.moment("link_restored", peer=node)
             self.rank.restored(engine_of(node))
 
     def believed_epoch(self, rank: Any, engine: str) -> int | None:
@@ -359,11 +373,13 @@ class Host:
         if engine not in self.servers:
             self.servers[engine] = Server(address, BootstrapClient(address, self.profile, self._token))
 
-    def unregister(self, engine: str) -> None:
-        """Have the bootstrap server take this rank out of its table."""
+    def unregister(self, engine: str, then: Callable[[], None] = lambda: None) -> None:
+        """Have the bootstrap server take this rank out of its table. ``then``: it has answered, or never will."""
         server, info = self.servers[engine], self.info
         if info is not None:
-            self.call(server, lambda: server.client.unregister(info.coordinate, info.process_epoch), lambda reply: None)
+            self.call(
+                server, lambda: server.client.unregister(info.coordinate, info.process_epoch), lambda reply: then()
+            )
 
     def call(self, server: Server, act: Callable[[], HttpReply], then: Callable[[HttpReply], None]) -> None:
         """Have a thread make a call that is no request of a rank (a probe)."""
@@ -392,13 +408,23 @@ class Host:
             problem = self.fits(body)
             if problem is not None:
                 _log.error("%s: prefill engine %s cannot be used: %s", self.node, engine, problem)
+                self.misfits[engine] = problem
                 status = MISMATCH
         elif status == 200 and route == "GET /route":
+            self._introduce(detail, body.rank_name)
             epoch = body.process_epoch or 0
             self.directory[detail] = Address(f"tcp://{body.rank_ip}:{body.rank_port}", epoch)
             self.watch(detail, body.process_epoch)
             body = {detail: epoch}
         answered(status, body)
+
+    def _introduce(self, node: str, own_name: str | None) -> None:
+        """A rank may have another name for itself than we have: its engine is named by the address of its bootstrap
+        server, and it may know that as 127.0.0.1 where we know it by host name. Messages bear the name that each
+        rank gives itself; everything here speaks of it as we do. The last address by which it was found counts.
+        """
+        if own_name is not None and own_name != node:
+            self._known_as[own_name], self._calls_itself[node] = node, own_name
 
     def plan(self, engine: str) -> Plan:
         """A prefill engine whose topology has been learned."""

@@ -1,21 +1,28 @@
 """What an operator sees of an endpoint, in Prometheus' text format: under SGLang's names where it has one.
 
 SGLang measures a transfer on prefill, in four phases; so does this. What SGLang has no name for (leases, quarantine,
-what the control plane dropped) bears the prefix of the product.
+what the control plane dropped) bears the prefix of the product. Every series has one label, ``node``.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+
+from kvpoll.spec.source import BadInput
 
 if TYPE_CHECKING:
-    from kvpoll.runtime.endpoint import Endpoint, Transfer
+    from kvpoll.runtime.endpoint import Endpoint
+    from kvpoll.runtime.transfer import Transfer
 
-MILLISECONDS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 60_000, 300_000)
+MILLISECONDS: Final = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 30_000, 120_000)
+"""SGLang's buckets, and two more up to the longest deadline."""
+
+PORT_MAX: Final = 65_535
 
 
 class EndpointMetrics:
@@ -27,10 +34,10 @@ class EndpointMetrics:
         self._since: dict[tuple[int, int], tuple[str, float]] = {}
         node = endpoint.node
         self._bootstrap_failed = self._counter(
-            "num_bootstrap_failed_reqs", "Requests that failed before any KV was sent."
+            "num_bootstrap_failed_reqs", "Requests that failed before memory was given."
         )
         self._transfer_failed = self._counter(
-            "num_transfer_failed_reqs", "Requests that failed while KV was being sent."
+            "num_transfer_failed_reqs", "Requests that failed after memory was given."
         )
         self._bootstrap_ms = self._histogram("kv_transfer_bootstrap_ms", "From admission to WaitingForInput.")
         self._latency_ms = self._histogram("kv_transfer_latency_ms", "From WaitingForInput to Success.")
@@ -43,6 +50,8 @@ class EndpointMetrics:
         self._watch("kvpoll_writes_unsettled", "Writes posted and not proven over.", self._unsettled)
         self._watch("kvpoll_bytes_written", "Bytes that this rank has written to peers.", self._bytes)
         self._watch("kvpoll_rooms", "Rooms in the table, tombstones included.", lambda: len(endpoint.rank.rooms))
+        self._watch("kvpoll_callback_errors", "Callbacks of the engine that raised.", lambda: endpoint.callback_errors)
+        self._watch("kvpoll_defects", "Calls inside the endpoint that raised.", lambda: len(endpoint.host.loop.failed))
         self._watch("kvpoll_messages_missed", "Control messages that never arrived.", lambda: endpoint.missed)
         self._watch("kvpoll_violations", "Invariants seen broken, in monitored mode.", lambda: len(endpoint.violations))
         self._watch("kvpoll_healthy", "1 while a request can finish here.", lambda: float(endpoint.health()["ok"]))
@@ -85,9 +94,9 @@ class EndpointMetrics:
             self._latency_ms.observe(1000 * (now - since))
             self._end(transfer, "ok")
         elif poll == "Failed":
-            failed = self._transfer_failed if before == "Transferring" else self._bootstrap_failed
+            failed = self._transfer_failed if transfer.was_exposed else self._bootstrap_failed
             failed.inc()
-            self._end(transfer, (cause or "failed").partition(":")[0])
+            self._end(transfer, _label(transfer, cause))
 
     def _end(self, transfer: Transfer, cause: str) -> None:
         self._since.pop(transfer.pair, None)
@@ -96,3 +105,29 @@ class EndpointMetrics:
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def _label(transfer: Transfer, cause: str | None) -> str:
+    """The cause as a label, of which there are few: what an engine gives as its reason may be anything."""
+    first = (cause or "failed").partition(":")[0]
+    return "aborted" if first == (transfer.given_up_as or "").partition(":")[0] else first
+
+
+def serve(registry: CollectorRegistry, port: int, host: str) -> tuple[int, Callable[[], None]]:
+    """Serve ``/metrics`` from a thread. Returns the port (0 asks for any) and what ends it.
+
+    Raises BadInput when the address cannot be listened on.
+    """
+    if not 0 <= port <= PORT_MAX:
+        raise BadInput(f"metrics: port {port} does not exist; choose one up to {PORT_MAX}, or 0 for any")
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise BadInput(f"metrics: cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return server.server_port, close

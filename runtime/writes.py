@@ -8,13 +8,14 @@ here, and with it the source memory.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from kvpoll.runtime.pools import aux_row
-from kvpoll.runtime.pools.layout import Layout
+from kvpoll.runtime.pools.layout import Layout, mismatch
 from kvpoll.runtime.pools.plan import aux_copy, copies
 from kvpoll.runtime.transports.interface import Copies, Tag, Transport, TransportError
 from kvpoll.spec.source import BadInput
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from kvpoll.runtime.pools.pool import KVPool
 
 Done = Callable[[str], None]
+PEERS_KEPT: Final = 1024
+"""Layouts, and judgements of peers' memory, that are remembered."""
+
 _log = logging.getLogger("kvpoll.runtime")
 
 
@@ -49,22 +53,51 @@ class Writes:
         self.transport = transport
         self.bytes_done = 0
         self.failed = 0
-        self.on_posted: Callable[[Destination, int], str | None] = lambda destination, serial: None
+        self.rows_said: dict[tuple[int, int], aux_row.AuxRow] = {}
         self._serial = 0
         self._pending: dict[int, _Write] = {}
         self._unsettled: dict[int, _Write] = {}
         self._rows = list(range(pool.layout.rows))
         self._layouts: dict[bytes, Layout] = {}
+        self._judged: dict[tuple[Any, ...], str | None] = {}
+        self._starved: deque[tuple[Any, ...]] = deque()
         self._is_polling = False
 
     def __len__(self) -> int:
         """Writes that have not settled."""
-        return len(self._pending) + len(self._unsettled)
+        return len(self._pending) + len(self._unsettled) + len(self._starved)
+
+    def problem(self, destination: Destination) -> str | None:
+        """Why this rank cannot write to a destination's memory: one line, or None. Nothing is sent."""
+        key = (destination.node, *destination.memory)
+        if key not in self._judged:
+            if len(self._judged) >= PEERS_KEPT:
+                self._judged.clear()
+            descriptor, encoded, epoch = destination.memory
+            try:
+                found = mismatch(self.pool.layout, self._layout(encoded))
+                self.transport.connect(descriptor, destination.node, epoch)
+            except (BadInput, TransportError, ValueError) as error:
+                found = str(error)
+            self._judged[key] = found
+        return self._judged[key]
+
+    def abort(self, pair: tuple[int, int]) -> None:
+        """A request has failed: ask for the end of its writes. When they are quiet is heard as ever."""
+        for handle, write in self._pending.items():
+            if write.destination.incarnation.pair == pair:
+                self.transport.abort(handle)
 
     def post(
         self, destination: Destination, chunk: int, first: int, pages: tuple[int, ...], last: bool, done: Done
     ) -> None:
-        """Write pages of a prompt to the destination's, and the aux row with the last of them."""
+        """Write pages of a prompt to the destination's, and the aux row with the last of them.
+
+        That one waits while every aux row of this rank is in a write that is under way.
+        """
+        if last and not self._rows and self.pool.layout.rows:
+            self._starved.append((destination, chunk, first, pages, last, done))
+            return
         self._serial += 1
         serial, host = self._serial, self.host
         targets = destination.pages[first : first + len(pages)]
@@ -76,12 +109,12 @@ class Writes:
         )
         host.emit(posted)
         try:
-            peer, ranges = self._ranges(destination, pages, targets, row)
+            peer, ranges = self._ranges(destination, pages, targets, row, first + len(pages))
             handle = self.transport.post(peer, ranges, Tag(destination.incarnation, serial))
-        except (BadInput, TransportError, ValueError) as error:
+        except (BadInput, TransportError, ValueError, LookupError) as error:
             _log.warning("%s: write %d to %s cannot be posted: %s", host.node, serial, destination.node, error)
             host.note(own.pair, str(error), host.reasons)
-            self._rows += [row] if row is not None else []
+            self._free(row)
             host.loop.soon(self._refused, serial, done)
             return
         self._pending[handle] = _Write(serial, destination, targets, row, ranges.total, done)
@@ -94,19 +127,26 @@ class Writes:
         self._settle(serial, False)
         done("settled")
 
-    def _ranges(
-        self, destination: Destination, pages: tuple[int, ...], targets: tuple[int, ...], row: int | None
-    ) -> tuple[Any, Copies]:
-        descriptor, encoded, epoch = destination.memory
+    def _layout(self, encoded: bytes) -> Layout:
         layout = self._layouts.get(encoded)
         if layout is None:
+            if len(self._layouts) >= PEERS_KEPT:
+                self._layouts.clear()
             layout = self._layouts[encoded] = Layout.from_bytes(encoded)
+        return layout
+
+    def _ranges(
+        self, destination: Destination, pages: tuple[int, ...], targets: tuple[int, ...], row: int | None, sent: int
+    ) -> tuple[Any, Copies]:
+        descriptor, encoded, epoch = destination.memory
+        layout = self._layout(encoded)
         peer = self.transport.connect(descriptor, destination.node, epoch)
         ranges = copies(self.pool.layout, layout, pages, targets)
         if row is None:
             return peer, ranges
         room, attempt, _ = destination.incarnation
-        self.pool.put_row(row, aux_row.pack(aux_row.AuxRow(room, attempt, 0, 0, 0, len(destination.pages))))
+        said = self.rows_said.get((room, attempt), aux_row.AuxRow(room, attempt, 0, 0, 0, 0))
+        self.pool.put_row(row, aux_row.pack(said._replace(pages=sent)))
         return peer, joined(ranges, aux_copy(self.pool.layout, layout, row, destination.row))
 
     # -- what became of them
@@ -136,7 +176,7 @@ class Writes:
         host, destination = self.host, write.destination
         self.transport.forget(handle)
         self.bytes_done += write.nbytes
-        self._free(write)
+        self._free(write.row)
         host.emit(WriteLanded(host.now, destination.node, write.serial, destination.incarnation, write.pages))
         self._settle(write.serial, True)
         write.done("completed")
@@ -154,13 +194,20 @@ class Writes:
     def _drained(self, handle: int, write: _Write) -> None:
         del self._unsettled[handle]
         self.transport.forget(handle)
-        self._free(write)
+        self._free(write.row)
         self._settle(write.serial, False)
         write.done("settled")
 
-    def _free(self, write: _Write) -> None:
-        if write.row is not None:
-            self._rows.append(write.row)
+    def _free(self, row: int | None) -> None:
+        if row is not None:
+            self._rows.append(row)
+            if self._starved:
+                self.host.loop.soon(self._feed)
+
+    def _feed(self) -> None:
+        """Rows have come back: go on with the writes that waited for one."""
+        while self._starved and self._rows:
+            self.post(*self._starved.popleft())
 
     def _settle(self, serial: int, ok: bool) -> None:
         self.host.emit(WriteSettled(self.host.now, self.host.node, serial, ok))
