@@ -141,6 +141,7 @@ class LiveCluster:
         aborts = _aborts(abort_share, load_s) if abort_share else []
         self.injector = Injector(RealCluster(self.launcher), aborts)  # type: ignore[arg-type]
         self._stopped: dict[str, str] = {}
+        self._back: set[tuple[str, int]] = set()
         self._serial = 0
         self._noticed = 0
         self._meters: dict[str, _Meter] = {child.node: _Meter() for child in self.launcher.children()}
@@ -206,6 +207,8 @@ class LiveCluster:
         launcher.change_speed(LAPSE)
         timers = {**prefill_timers(self.profile), **decode_timers(self.profile)}
         self._until(launcher.now + max(timers.values()) + QUIET_MORE_S, lambda: False, look)
+        if self._is_stuck():  # what a deadline ends now is remembered for as long again
+            self._until(launcher.now + max(timers.values()) + QUIET_MORE_S, lambda: False, look)
         launcher.survey()
         self.surveyed = True
         self._notice()
@@ -219,6 +222,10 @@ class LiveCluster:
         ranks = [child for child in children if not child.node.startswith("B")]
         registered = all(child.registered for child in ranks if child.node.startswith("P"))
         return there and registered and not self.launcher.router.active
+
+    def _is_stuck(self) -> bool:
+        """Is some rank still busy with a request?"""
+        return any(sum(child.stats.get("polls", {}).values()) for child in self.launcher.children() if child.pid)
 
     def _is_maimed(self) -> bool:
         """Is something down for good? Then nothing can be asked of requests that come now."""
@@ -307,6 +314,9 @@ class LiveCluster:
         now = time.monotonic()
         for child in launcher.children():
             self._meters[child.node].read(child, now)
+            if child.epoch > 0 and child.has_begun and (child.node, child.epoch) not in self._back:
+                self._back.add((child.node, child.epoch))
+                self.tell(f"{child.node} is back: life {child.epoch}, pid {child.pid}")
             for text in child.stats.get("failed", ()):
                 if (said := f"{child.node}: {text}") not in self.defects:
                     self.defects.append(said)
@@ -314,7 +324,6 @@ class LiveCluster:
     def _bring_back(self, part: RealEngine | RealServer) -> None:
         if not part.up and self.phase != "quiet":
             part.start()
-            self.tell(f"{part.name} restarted")
 
     def tell(self, text: str) -> None:
         """Something happened that people want to read."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +18,9 @@ from kvpoll.live_cluster import Line, Snapshot
 TOLD: Final = 6
 """How many of the last events are shown."""
 
-PICTURE_COLUMNS: Final = 132
+PICTURE_COLUMNS: Final = 118
+WIDE_COLUMNS: Final = 112
+"""A narrower terminal is not shown polls, lives and sums."""
 
 QUEUES: Final = {
     "P": (
@@ -33,7 +36,15 @@ QUEUES: Final = {
 }
 """SGLang's gauges of each side, and what the table calls them."""
 
-POLLS: Final = ("Bootstrapping", "WaitingForInput", "Transferring", "Success", "Failed")
+POLLS: Final = {
+    "Bootstrapping": "poll 1\nboot",
+    "WaitingForInput": "2\nwait",
+    "Transferring": "3\nmove",
+    "Success": "4\nok",
+    "Failed": "0\nfail",
+}
+"""Rooms by KVPoll, in the order of a request's life."""
+
 STATES: Final = {"up": "green", "starting": "yellow", "stopped": "yellow", "down": "bold red"}
 PHASES: Final = {
     "starting": "starting",
@@ -45,9 +56,9 @@ PHASES: Final = {
 }
 
 
-def render(shot: Snapshot, profile: str) -> RenderableType:
-    """The whole picture: head, table, causes, the last events."""
-    parts: list[RenderableType] = [_head(shot, profile), Padding(_table(shot.lines), (1, 0))]
+def render(shot: Snapshot, profile: str, width: int) -> RenderableType:
+    """The whole picture, for a terminal of this many columns: head, table, causes, the last events."""
+    parts: list[RenderableType] = [_head(shot, profile), Padding(_table(shot.lines, width), (1, 0))]
     if shot.causes:
         parts.append(_causes(shot.causes))
     parts += [_event(t, text) for t, text in shot.told[-TOLD:]]
@@ -72,51 +83,58 @@ def sent_per_s(shot: Snapshot) -> float:
     return sum(line.sent_per_s for line in shot.lines)
 
 
-def _table(lines: Sequence[Line]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("process", "pid", "life", "state", "queues", "rooms by poll"):
-        table.add_column(name, justify="right" if name in ("pid", "life") else "left", no_wrap=True)
-    for name in ("GB/s", "moved", "free", "held", "quarantined"):
-        table.add_column(name, justify="right", no_wrap=True)
+def _table(lines: Sequence[Line], width: int) -> Table:
+    """One row a process. A heading of two lines has prefill's word above decode's."""
+    is_wide = width >= WIDE_COLUMNS
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for name, is_number in _headings(is_wide):
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=True, vertical="bottom")
     for line in lines:
-        table.add_row(*_cells(line))
+        table.add_row(*_cells(line, is_wide))
     return table
 
 
-def _cells(line: Line) -> list[Text]:
-    side = line.node[:1]
-    state = Text(line.state, style=STATES[line.state])
-    named = [Text(line.node, style="bold"), Text(str(line.pid or "-")), Text(str(line.life)), state]
-    if side not in QUEUES:
-        return [*named, Text("bootstrap server", style="dim"), *(Text("") for _ in range(6))]
-    is_known = bool(line.size)
-    pages = [f"{number:,}" if is_known else "-" for number in (line.free, line.held, line.quarantined)]
-    per_s, total = (
-        (line.sent_per_s, line.sent) if side == "P" else (line.verified_per_s, line.verified)
-    )  # decode has no byte of its own to move: what it read back and found sound
-    arrow = "out" if side == "P" else "in"
-    return [
-        *named, _queues(line), _polls(line.polls), Text(f"{gigabytes(per_s)} {arrow:>3}"), Text(size(total)),
-        Text(pages[0]), Text(pages[1]), Text(pages[2], style="yellow" if line.quarantined else ""),
-    ]  # fmt: skip
+def _headings(is_wide: bool) -> Iterator[tuple[str, bool]]:
+    yield from (("\nprocess", False), ("\npid", True))
+    if is_wide:
+        yield "\nlife", True
+    yield "\nstate", False
+    for (_, above), (_, below) in zip(QUEUES["P"], QUEUES["D"], strict=True):
+        yield f"{above}\n{below}", True
+    if is_wide:
+        yield from ((heading, True) for heading in POLLS.values())
+    yield "GB/s out\nGB/s in", True
+    if is_wide:
+        yield "out\nin", True
+    yield from (("pages\nfree", True), ("\nheld", True), ("quaran-\ntined", True))
 
 
-def _queues(line: Line) -> Text:
-    text = Text()
-    for gauge, name in QUEUES[line.node[:1]]:
-        count = line.queues.get(gauge, 0)
-        text.append(f"{name} ", style="dim")
-        text.append(f"{count:<3}", style="bold" if count else "dim")
-        text.append(" ")
-    return text
+def _cells(line: Line, is_wide: bool) -> list[Text]:
+    named = [Text(line.node, style="bold"), Text(str(line.pid or "-"))]
+    if is_wide:
+        named.append(Text(str(line.life)))
+    named.append(Text(line.state, style=STATES[line.state]))
+    if line.node[:1] not in QUEUES:
+        return [*named, Text("(server)", style="dim")]
+    # Decode has no byte of its own to move; what it has read back and found sound is shown instead.
+    is_prefill = line.node.startswith("P")
+    per_s, total = (line.sent_per_s, line.sent) if is_prefill else (line.verified_per_s, line.verified)
+    cells = [*named, *(_count(line.queues.get(gauge, 0)) for gauge, _ in QUEUES[line.node[:1]])]
+    if is_wide:
+        cells += [_count(line.polls.get(poll, 0), "red" if poll == "Failed" else "") for poll in POLLS]
+    cells.append(Text(gigabytes(per_s)))
+    if is_wide:
+        cells.append(Text(size(total)))
+    pages = (line.free, line.held, line.quarantined)
+    styles = ("", "", "yellow" if line.quarantined else "")
+    return cells + [
+        Text(f"{number:,}" if line.size else "-", style=style) for number, style in zip(pages, styles, strict=True)
+    ]
 
 
-def _polls(polls: dict[str, int]) -> Text:
-    text = Text()
-    for name in POLLS:
-        if polls.get(name):
-            text.append(f"{name} {polls[name]} ", style="red" if name == "Failed" else "")
-    return text if text.plain else Text("-", style="dim")
+def _count(number: int, style: str = "") -> Text:
+    """Zero is nothing to look at."""
+    return Text(str(number), style=style) if number else Text("\u00b7", style="dim")
 
 
 def _causes(causes: dict[str, int]) -> Text:
@@ -163,6 +181,7 @@ def size(count: int) -> str:
 def draw(shot: Snapshot, profile: str, path: Path) -> None:
     """The picture as SVG, as a terminal of PICTURE_COLUMNS would show it. Raises OSError."""
     console = Console(record=True, width=PICTURE_COLUMNS, file=io.StringIO(), force_terminal=True, legacy_windows=False)
-    console.print(render(shot, profile))
+    console.print(render(shot, profile, PICTURE_COLUMNS))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(console.export_svg(title="kvpoll up", unique_id="kvpoll-up"), encoding="utf-8")
+    drawn = console.export_svg(title="kvpoll up", unique_id="kvpoll-up")
+    path.write_text(re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL), encoding="utf-8")  # nothing is fetched

@@ -104,7 +104,7 @@ def add(verbs: Verbs) -> None:
     deeds.add_argument("--no-restart", action="store_true", help="what is killed stays down")
     parser.add_argument("--metrics", metavar="PORT", type=whole, help="Prometheus metrics on 127.0.0.1; 0: any port")
     parser.add_argument("--record", metavar="FILE", help="write the merged trace, for `kvpoll validate`")
-    parser.add_argument("--picture", metavar="FILE", help="write the table as SVG: one second after the last deed")
+    parser.add_argument("--picture", metavar="FILE", help="write the table as SVG: one second after the last kill")
     add_spec(parser)
 
 
@@ -464,7 +464,7 @@ class _Watching:
         self.cluster, self.wanted = cluster, wanted
         self.metrics, self.picture = metrics, picture
         self.screen, self.is_json = screen, is_json
-        self._render: Callable[[Snapshot, str], Any] = render
+        self._render: Callable[[Snapshot, str, int], Any] = render
         self._plain: Callable[[Snapshot], str] = plain
         self._draw: Callable[[Snapshot, str, Path], None] = draw
         self._live: Any = None
@@ -499,7 +499,8 @@ class _Watching:
             self._draw(shot, self.wanted.profile.name, self.picture)
             self.picture = None
         if self._live is not None:
-            self._live.update(self._render(shot, self.wanted.profile.name), refresh=True)
+            width = self._live.console.width
+            self._live.update(self._render(shot, self.wanted.profile.name, width), refresh=True)
         elif not self.is_json and (is_last or wall_s - self._said_s >= LINE_S):
             self._said_s = wall_s
             self.screen.say(self._plain(shot))
@@ -512,8 +513,9 @@ def _wall_s() -> float:
 
 
 def _picture_s(wanted: Wanted) -> float:
-    """When there is most to see: a second after the last deed, or at three quarters of the load."""
-    return max((deed.at_s + 1.0 for deed in wanted.deeds), default=0.75 * wanted.load_s)
+    """When there is most to see: a second after the last kill or else deed, or at three quarters of the load."""
+    kills = [deed.at_s for deed in wanted.deeds if deed.what == "kill"]
+    return max(kills or [deed.at_s for deed in wanted.deeds], default=0.75 * wanted.load_s - 1.0) + 1.0
 
 
 def _announcement(wanted: Wanted, metrics: Any) -> str:
