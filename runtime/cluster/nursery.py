@@ -22,7 +22,9 @@ from typing import Final
 import msgspec
 
 from kvpoll.runtime.cluster.config import Config, RankConfig
+from kvpoll.spec.source import BadInput
 
+GONE: Final = "the process that forks the ranks is gone"
 PR_SET_PDEATHSIG: Final = 1
 MESSAGE_BYTES_MAX: Final = 1 << 20
 
@@ -64,25 +66,37 @@ class Nursery:
         ours.settimeout(30.0)
         self._socket = ours
         self._number = 0
+        self._born: set[int] = set()
         self._ended: dict[int, int] = {}
 
     def bear(self, config: Config) -> int:
-        """A new process with this config. Returns its pid. Raises OSError when the nursery is gone."""
+        """A new process with this config. Returns its pid. Raises BadInput when the nursery is gone."""
         self._number += 1
-        self._socket.send(_encode(config))
-        while True:
-            news = self._hear()
-            if isinstance(news, Born) and news.number == self._number:
-                return news.pid
-            self._note(news)
+        try:
+            self._socket.send(_encode(config))
+            while True:
+                news = self._hear()
+                if isinstance(news, Born) and news.number == self._number:
+                    self._born.add(news.pid)
+                    return news.pid
+                self._note(news)
+        except OSError as error:
+            raise BadInput(
+                f"{config.node} cannot be started: {GONE} ({error}); close the cluster, start anew"
+            ) from None
 
     def ended(self) -> dict[int, int]:
-        """Children that have ended, with their status, since the beginning. Never waits."""
+        """Children that have ended, with their status, since the beginning. Never waits.
+
+        When the nursery itself is gone, all of them are: the kernel has killed them with it.
+        """
         with contextlib.suppress(BlockingIOError):
             self._socket.setblocking(False)
             try:
                 while True:
                     self._note(self._hear())
+            except ConnectionResetError:
+                self._ended |= dict.fromkeys(self._born - self._ended.keys(), -signal.SIGKILL)
             finally:
                 self._socket.settimeout(30.0)
         return self._ended
@@ -90,7 +104,7 @@ class Nursery:
     def _hear(self) -> Born | Ended:
         data = self._socket.recv(MESSAGE_BYTES_MAX)
         if not data:
-            raise ConnectionResetError("the process that forks the ranks is gone")
+            raise ConnectionResetError(GONE)
         return _read_news(data)
 
     def _note(self, news: Born | Ended) -> None:

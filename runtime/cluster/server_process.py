@@ -14,6 +14,7 @@ from kvpoll.runtime.bootstrap import BootstrapServer
 from kvpoll.runtime.cluster.config import ServerConfig
 from kvpoll.runtime.cluster.process import LAUNCHER, Station
 from kvpoll.runtime.control import messages as wire
+from kvpoll.spec.source import BadInput
 
 
 class StagedServer(BootstrapServer):
@@ -39,6 +40,7 @@ class ServerProcess:
         self.station = station = Station(config)
         self.slow_s = 0.0
         self.error_share = 0.0
+        self.failure: BadInput | None = None
         self.server = StagedServer(
             station.protocol, station.profile, port=config.port, epoch=config.epoch, emit=self._emit,
             node=config.node, now=lambda: station.loop.now,
@@ -55,6 +57,16 @@ class ServerProcess:
         fails = self.error_share and random.random() < self.error_share
         return self.slow_s / self.station.loop.speed, 500 if fails else None
 
+    def _serve(self) -> None:
+        """Listen. A server that cannot is no server: its process ends, saying why."""
+        try:
+            self.server.start()
+        except BadInput as error:
+            self.failure = error
+            self.station.loop.stop()
+        else:
+            self.station.tell_launcher("serving")
+
     def _receive(self) -> None:
         for envelope, message in self.station.plane.receive():
             if envelope.node != LAUNCHER or not isinstance(message, wire.Command):
@@ -62,7 +74,7 @@ class ServerProcess:
             content = msgspec.json.decode(message.payload)
             if message.kind == "begin":
                 self.station.loop.origin = content["origin"]
-                self.server.start()
+                self._serve()
             elif message.kind == "quit":
                 self.station.loop.stop()
             elif message.kind == "speed":
@@ -71,9 +83,11 @@ class ServerProcess:
                 self.slow_s, self.error_share = content["slow_s"], content["error_share"]
 
     def run(self) -> None:
-        """Serve until the launcher says quit, or SIGTERM."""
+        """Serve until the launcher says quit, or SIGTERM. Raises BadInput when the port cannot be listened on."""
         try:
             self.station.loop.run(self._receive)
         finally:
             self.server.close()
             self.station.close()
+        if self.failure is not None:
+            raise self.failure
