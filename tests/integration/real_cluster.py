@@ -113,7 +113,7 @@ class Play:
         self, folder: Path, *, prefill: EngineShape | None = None, decode: EngineShape | None = None,
         rules: dict[str, Any] | None = None, profile: str = "reference", transport: str = "shm",
         options: dict[str, Any] | None = None, speed: float = SPEED, layout: Layout = LAYOUT,
-        servers_late: frozenset[str] = frozenset(),
+        servers_late: frozenset[str] = frozenset(), server_port: int | None = None,
     ) -> None:  # fmt: skip
         rules = {**QUICK, **(rules or {})}
         plan = Plan(
@@ -126,6 +126,8 @@ class Play:
         self._tails: dict[Path, _Tail] = {}
         self._faults = 0
         self._requests = 0
+        if server_port is not None:
+            self.launcher.servers[0].port = server_port
         try:
             self.launcher.start(servers_late)
         except BaseException:
