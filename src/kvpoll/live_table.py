@@ -105,7 +105,7 @@ def _headings(is_wide: bool) -> Iterator[tuple[str, bool]]:
         yield from ((heading, True) for heading in POLLS.values())
     yield "GB/s out\nGB/s in", True
     if is_wide:
-        yield "out\nin", True
+        yield "moved\nverified", True
     yield from (("pages\nfree", True), ("\nheld", True), ("quaran-\ntined", True))
 
 
