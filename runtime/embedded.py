@@ -310,6 +310,17 @@ class Receiver(ReceiverRank):
         if entry is not None and cause == f"topology_{MISMATCH}":
             cause = f"{cause}: {self.real.misfits.get(entry.engine)}"
         self.told(pair, "poll", (room.local.poll, cause))
+        if room.local.poll == "Failed" and room.local.lease == "Draining":
+            self.real.loop.soon(self._revoke, room.incarnation)
+
+    def _revoke(self, own: Incarnation) -> None:
+        """Pages of a failed request are still exposed. Where this process itself places what comes (tcp), it can
+        refuse, and that is the proof that all writers are quiet; elsewhere they are asked to stop, at most.
+        """
+        writes = self.real.writes
+        if writes is not None and writes.transport.revoke(own):
+            for peer in self.peers.get(self.key(own), ()):
+                self.receive_ack(own, peer.bit)
 
     def _freed(self, pair: Pair, pages: tuple[int, ...]) -> None:
         self.told(pair, "free", [("page", page) for page in pages])

@@ -197,7 +197,9 @@ class Transfer:
             self._call(self.on_pages_free, self)
 
     def move(self, poll: KVPoll, cause: str | None) -> None:
-        """The room has another poll. From the endpoint's thread."""
+        """The room has another poll. From the endpoint's thread. That a room was opened is no news to its engine."""
+        if poll == self._poll:
+            return
         with self._changed:
             self._poll = poll
             self._cause = cause if poll == KVPoll.Failed else None
