@@ -80,7 +80,6 @@ class Child:
         self.endpoint: str | None = None
         self.control_port = 0
         self.has_begun = False
-        self.serves = False
         self.stats: dict[str, Any] = {}
         self.registered = False
         self.running = True
@@ -345,7 +344,6 @@ class Launcher:
         """A new process for a child."""
         child.epoch += 1
         child.endpoint, child.has_begun, child.registered, child.running = None, False, False, True
-        child.serves = False
         child.stats = {}
         child.pid = self._nursery.bear(make(child.epoch, self.origin))
 
@@ -381,25 +379,20 @@ class Launcher:
         for engine in self.engines():
             engine.start()
         expected = [child for child in self.children() if child.pid is not None]
-        self._await(expected, lambda child: child.endpoint is not None)
+        end_s = time.monotonic() + START_LIMIT_S
+        while any(child.endpoint is None for child in expected):
+            self.loop.turn(self._receive, 0.05)
+            lost = [child.node for child in expected if child.pid in self._nursery.ended()]
+            if lost or time.monotonic() > end_s:
+                missing = lost or [child.node for child in expected if child.endpoint is None]
+                raise BadInput(f"{missing[0]} did not come up: {self.complaint() or 'it said nothing'}")
         self.origin = time.monotonic() + 0.01
         self.loop.origin = self.origin
         for server in self.servers:
             self._begin_server(server)
         for engine in self.engines():
             self._begin(engine)
-        self._await([server.child for server in self.servers if server.up], lambda child: child.serves)
         self._look()
-
-    def _await(self, children: list[Child], is_there: Callable[[Child], bool]) -> None:
-        """Turn until all of these are there. Raises BadInput naming the first that has ended, or does not come."""
-        end_s = time.monotonic() + START_LIMIT_S
-        while not all(map(is_there, children)):
-            self.loop.turn(self._receive, 0.05)
-            lost = [child.node for child in children if child.pid in self._nursery.ended()]
-            if lost or time.monotonic() > end_s:
-                missing = lost or [child.node for child in children if not is_there(child)]
-                raise BadInput(f"{missing[0]} did not come up: {self.complaint() or 'it said nothing'}")
 
     def complaint(self) -> str:
         """The last line that a process of the cluster wrote to its standard error."""
@@ -477,8 +470,6 @@ class Launcher:
             for server in self.servers:
                 if server.child is child:
                     self._begin_server(server)
-        elif kind == "serving":
-            child.serves = True
         elif kind == "surveyed":
             self.surveyed.add(child.node)
         elif kind in ("health", "stats"):
@@ -526,13 +517,12 @@ class Launcher:
 
     def close(self, patience_s: float = END_LIMIT_S) -> None:
         """End every process: ask first, and after ``patience_s`` SIGKILL. Nothing is left."""
-        for child in self.children():
-            self.order(child, "quit")
+        asked = [child for child in self.children() if self.order(child, "quit")]
         end_s = time.monotonic() + patience_s
         with contextlib.suppress(OSError):
             while time.monotonic() < end_s:
                 ended = self._nursery.ended()
-                if all(child.pid is None or child.pid in ended for child in self.children()):
+                if all(child.pid in ended for child in asked):
                     break
                 time.sleep(0.01)
         self._nursery.close()

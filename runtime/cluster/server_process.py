@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,19 @@ class ServerProcess:
             node=config.node, now=lambda: station.loop.now,
         )  # fmt: skip
         self.server.before = self._before
+        self._try_port()
         station.tell_launcher("hello")
+
+    def _try_port(self) -> None:
+        """A port that is taken ends this process before it says hello, and with it the start of the cluster."""
+        try:
+            socket.create_server((self.server.host, self.config.port)).close()
+        except OSError as error:
+            self.station.close()
+            raise BadInput(
+                f"{self.config.node}: port {self.config.port} cannot be listened on: {error.strerror}; "
+                f"end the process that holds it, or start the cluster anew"
+            ) from None
 
     def _emit(self, event: Any) -> None:
         """From the server's thread; a trace is written line by line."""
@@ -58,14 +71,12 @@ class ServerProcess:
         return self.slow_s / self.station.loop.speed, 500 if fails else None
 
     def _serve(self) -> None:
-        """Listen. A server that cannot is no server: its process ends, saying why."""
+        """Listen. The port may have been taken since it was tried; then the process ends, saying why."""
         try:
             self.server.start()
         except BadInput as error:
             self.failure = error
             self.station.loop.stop()
-        else:
-            self.station.tell_launcher("serving")
 
     def _receive(self) -> None:
         for envelope, message in self.station.plane.receive():
