@@ -332,17 +332,24 @@ def ttft_s(run: Played) -> float:
     return max(run.outcome.ttft_s)
 
 
-def slowest_write_s(run: Played) -> float:
-    posted = {event.write: event.t for event in run.of(trace.WritePosted, node="P0/dp0/pp0/tp0")}
-    took_s = [event.t - posted[event.write] for event in run.of(trace.WriteSettled, node="P0/dp0/pp0/tp0")]
-    return float(max(took_s))
+def free_write_s(run: Played) -> float:
+    """How long the largest writes took that waited for no other, of those that were posted from second 3 to 8."""
+    posted = {e.write: e for e in run.of(trace.WritePosted, node="P0/dp0/pp0/tp0") if 3.0 <= e.t < 8.0}
+    largest = max(len(event.target_pages) for event in posted.values())
+    return float(
+        min(
+            event.t - posted[event.write].t
+            for event in run.of(trace.WriteSettled, node="P0/dp0/pp0/tp0")
+            if event.write in posted and len(posted[event.write].target_pages) == largest
+        )
+    )
 
 
 CALM = Played(TRAFFIC)
 
 SEEN: dict[str, Callable[[Played], bool]] = {
     "slow_rank": lambda run: ttft_s(run) > 1.5 * ttft_s(CALM),
-    "slow_link": lambda run: 2.5 < slowest_write_s(run) / slowest_write_s(CALM) < 3.5,
+    "slow_link": lambda run: 2.5 < free_write_s(run) / free_write_s(CALM) < 3.5,
     "pp_abort": lambda run: "stage_abort" in run.outcome.causes,
     "client_abort": lambda run: run.outcome.causes.keys() == {"client_left"},
     "prefill_abort": lambda run: "prefill_abort" in run.outcome.causes,

@@ -243,19 +243,23 @@ def test_a_message_never_overtakes_another_of_its_channel_not_even_by_the_last_b
 
 
 RACES = [
-    ("sglang-21299", "before-sglang-21299", "S7", 8),
-    ("sglang-22901", "before-sglang-22901", "S6", 8),
-    ("sglang-24772", "before-sglang-24772", "S3", 6),
-    ("sglang-24772", "before-sglang-24772", "S10", 6),
-    ("sglang-25125", "before-sglang-25125", "L4", 6),
-    ("sglang-26912", "before-sglang-27028", "R1", 10),
-    ("sglang-29725", "sglang-0.5.23", "L1", 10),
+    ("sglang-21299", "before-sglang-21299", "S7", 8, 1),
+    ("sglang-22901", "before-sglang-22901", "S6", 8, 0),
+    ("sglang-24772", "before-sglang-24772", "S3", 6, 0),
+    ("sglang-24772", "before-sglang-24772", "S10", 6, 0),
+    ("sglang-25125", "before-sglang-25125", "L4", 6, 0),
+    ("sglang-26912", "before-sglang-27028", "R1", 10, 0),
+    ("sglang-29725", "sglang-0.5.23", "L1", 10, 0),
 ]
-"""Race, profile, invariant, and how many facts of the violating request are enough to tell it."""
+"""Race, profile, invariant, how many facts of the violating request are enough to tell it, and how many departures
+from in-order delivery are left: the queues of sglang#21299 diverge because answers come at different moments.
+"""
 
 
-@pytest.mark.parametrize("name, label, invariant, story", RACES, ids=[f"{race[0]} {race[2]}" for race in RACES])
-def test_a_known_race_is_told_in_few_steps(name: str, label: str, invariant: str, story: int) -> None:
+@pytest.mark.parametrize(
+    "name, label, invariant, story, departures", RACES, ids=[f"{race[0]} {race[2]}" for race in RACES]
+)
+def test_a_known_race_is_told_in_few_steps(name: str, label: str, invariant: str, story: int, departures: int) -> None:
     scenario = load_scenario(find(name), PROTOCOL)
     said = scenario.expectation(label)
     assert said is not None
@@ -267,7 +271,7 @@ def test_a_known_race_is_told_in_few_steps(name: str, label: str, invariant: str
     assert (found.ended, found.crashed) == (DONE, 0)
     size = size_of(found.case, judge)
     assert size.story <= story
-    assert (size.faults <= 1, size.departures, size.requests <= 2) == (True, 0, True)
+    assert (size.faults <= 1, size.departures, size.requests <= 2) == (True, departures, True)
 
 
 # ---------------------------------------------------------------------------------------------------- the command

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvpoll.cli import main
-from kvpoll.sim.explorer import group_rank, mutants, transfer_engines
+from kvpoll.sim.explorer import mutants, transfer_engines
 from kvpoll.sim.explorer.mistakes import FUNCTIONS, replaced
 from kvpoll.sim.explorer.mutants import JUDGED, Examiner, Mutant, load_mutants, parse_mutants
 from kvpoll.sim.explorer.process import Pen
@@ -121,7 +121,7 @@ def test_nothing_is_left_of_a_mutant(examine: Examiner) -> None:
         agreement.decide_transfer,
         transfer_engines.decide_transfer,
     ]
-    assert group_rank.decide_transfer is agreement.decide_transfer
+    assert transfer_engines.decide_transfer is agreement.decide_transfer
     for name in ("release-undrained", "rank-zero-for-all", "page-stays-free", "concludes-early"):
         assert examine(next(mutant for mutant in MUTANTS if mutant.id == name)).caught
     after = [dict(GUARDS), dict(UPDATES), Pen.reserve, agreement.decide_transfer, transfer_engines.decide_transfer]
