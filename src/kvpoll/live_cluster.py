@@ -36,11 +36,11 @@ from kvpoll.statemachine.ranks.engine import decode_timers, prefill_timers
 from kvpoll.statemachine.ranks.host import engine_of
 
 LAPSE: Final = 40.0
-QUIET_MORE_S: Final = 30.0
+QUIET_MORE_S: Final = 60.0
 """Quiet time of the cluster after its longest timer."""
 
-DRAIN_S: Final = 15.0
-PROBE_S: Final = 15.0
+DRAIN_S: Final = 10.0
+PROBE_S: Final = 6.0
 """How long requests, and then probes, are waited for in real time; the rest of their time passes in the lapse."""
 
 QUICK_S: Final = 0.2
@@ -199,7 +199,8 @@ class LiveCluster:
         launcher.emit(Healed(launcher.now, "R"))
         for number in range(max(len(launcher.prefill), len(launcher.decode))):
             launcher.router.submit(f"probe{number}", *PROBE)
-        self._until(launcher.now + PROBE_S, lambda: not launcher.router.active, look)
+        active = launcher.router.active
+        self._until(launcher.now + PROBE_S, lambda: not any(rid.startswith("probe") for rid in active), look)
 
     def _lapse(self, look: Callable[[], None]) -> None:
         launcher = self.launcher

@@ -85,7 +85,9 @@ def _of_requests(shot: Snapshot) -> Iterator[Any]:
 
 
 def _queue(name: str) -> Callable[[Line], float | None]:
-    return lambda line: line.queues.get(name)
+    """The gauge of a rank whose side has it; 0 from the start, as a scrape wants it."""
+    sides = {side for side, queues in QUEUES.items() if name in dict(queues)}
+    return lambda line: line.queues.get(name, 0) if line.size and line.node[:1] in sides else None
 
 
 def _pages(name: str) -> Callable[[Line], float | None]:

@@ -182,7 +182,7 @@ def _topology(arguments: argparse.Namespace) -> Topology:
     if ranks > RANKS_MAX:
         raise BadInput(f"{ranks:,} ranks are wanted, each a process; at most {RANKS_MAX} on one machine")
     shapes = {
-        side: EngineShape(getattr(arguments, side), sizes[side], arguments.pages, 256, 256, 80_000.0, 0.01, 0.001, 0.0)
+        side: EngineShape(getattr(arguments, side), sizes[side], arguments.pages, 256, 256, 80_000.0, 0.005, 0.001, 0.0)
         for side in sizes
     }
     topology = Topology(shapes["prefill"], shapes["decode"], page_tokens=PAGE_TOKENS)
