@@ -22,9 +22,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-import msgspec
-import numpy as np
-
+from kvpoll.runtime.transports.copy_plan import Plan
 from kvpoll.runtime.transports.cuda_ipc_channel import (
     Cancel,
     Channel,
@@ -39,10 +37,11 @@ from kvpoll.runtime.transports.cuda_ipc_channel import (
 )
 from kvpoll.runtime.transports.cuda_ipc_device import CudaDevice, Device, HostDevice, Mapped
 from kvpoll.runtime.transports.cuda_ipc_pull import Puller, Source
+from kvpoll.runtime.transports.descriptor import Body, Places
+from kvpoll.runtime.transports.engine_lane import Broken, Carrier, Refused
 from kvpoll.runtime.transports.engine_transport import DEADLINE_S, EngineTransport, Peer
-from kvpoll.runtime.transports.engine_writes import Broken, Carrier, Refused
-from kvpoll.runtime.transports.gather_scatter import Plan, Space
 from kvpoll.runtime.transports.interface import Caps, Death, Region, Tag, TransportError, Wake
+from kvpoll.runtime.transports.offsets import Space
 from kvpoll.spec.source import BadInput, nearest
 from kvpoll.spec.vocabulary import Incarnation
 
@@ -53,16 +52,14 @@ PULL_CLOSING_S: Final = 0.5
 CHANNEL_CLOSING_S: Final = 0.2
 
 
-class Descriptor(msgspec.Struct):
+class Descriptor(Body):
     """socket, cookie: how to reach the owner. regions: [(first offset, nbytes)]. exports: how to map each (push)."""
 
-    node: str
-    epoch: int
     direction: str
     backend: str
     socket: str
     cookie: bytes
-    regions: list[tuple[int, int]]
+    regions: Places
     exports: list[bytes]
 
 
@@ -123,16 +120,14 @@ class CudaIpcTransport(EngineTransport):
 
     def _space_of(self, regions: Sequence[Region]) -> Space:
         """Offsets stand for addresses until a copy begins: where the other side lies is not known before."""
-        sizes = [region.nbytes for region in regions]
-        return Space(list(zip(itertools.accumulate(sizes[:-1], initial=0), sizes, strict=True)) if sizes else [])
+        return Space([region.nbytes for region in regions])
 
     def _export(self, regions: Sequence[Region]) -> Descriptor:
         self.mapped = self.device.own(regions)
         exports = [self.device.export(region, mapped) for region, mapped in zip(regions, self.mapped, strict=True)]
         space = self._space_of(regions)
         if self.direction == "pull":
-            owned = Space([(mapped.address, mapped.nbytes) for mapped in self.mapped])
-            self._puller = Puller(self.device, owned, self.mapped, self._open_writer, self._writer_gone)
+            self._puller = Puller(self.device, _space(self.mapped), self.mapped, self._open_writer, self._writer_gone)
         self._exports = exports
         self._listener = Listener(self._connected)
         return Descriptor(
@@ -156,7 +151,7 @@ class CudaIpcTransport(EngineTransport):
     def hello(self, body: Descriptor) -> Hello:
         """What this process says first to an owner."""
         pulled = self.direction == "pull"
-        return Hello(self.node, self.epoch, body.cookie, self._exports if pulled else [], self._space.sizes.tolist())
+        return Hello(self.node, self.epoch, body.cookie, self._exports if pulled else [], self.space.sizes.tolist())
 
     def opened(self, channel: Channel) -> None:
         """Remember a channel, so that ``close`` ends it."""
@@ -217,7 +212,7 @@ class CudaIpcTransport(EngineTransport):
                 return
         if not self._closed:
             self._on_death(*life)
-            self._book.tell()
+            self.writes.tell()
 
     def _open_writer(self, channel: Channel) -> Source:
         """Map a writer's regions; in the puller's thread. Raises TransportError."""
@@ -225,7 +220,7 @@ class CudaIpcTransport(EngineTransport):
         regions = [self.device.open(export) for export in hello.exports]
         if [mapped.nbytes for mapped in regions] != hello.sizes:
             raise TransportError("the writer's regions are not as long as it said")
-        return Source(Space([(mapped.address, mapped.nbytes) for mapped in regions]), regions)
+        return Source(_space(regions), regions)
 
     def close(self) -> None:
         """End what is running as far as half a second allows; the rest of ``EngineTransport.close``."""
@@ -321,8 +316,8 @@ class _Push(_ToOwner):
             raise Refused("the pages were given up")
         mine = self.transport.mapped
         ranges = part.ranges._replace(
-            source=_rebased(part.ranges.source, part.ranges.source_region, self.transport.own_space, mine),
-            target=_rebased(part.ranges.target, part.ranges.target_region, self.peer.space, self._theirs),
+            source=_space(mine).addresses_of(part.ranges.source, part.ranges.source_region),
+            target=_space(self._theirs).addresses_of(part.ranges.target, part.ranges.target_region),
         )
         return self.transport.device.copy(ranges, mine, self._theirs, part.mark)
 
@@ -392,7 +387,5 @@ def _room(incarnation: Incarnation) -> tuple[int, int, int]:
     return incarnation.room, incarnation.attempt, incarnation.epoch
 
 
-def _rebased(offsets: Any, region: Any, space: Space, mapped: Sequence[Mapped]) -> Any:
-    """Addresses of offsets, by region."""
-    bases = np.array([each.address for each in mapped], np.int64)
-    return offsets + (bases - space.starts)[region]
+def _space(mapped: Sequence[Mapped]) -> Space:
+    return Space([each.nbytes for each in mapped], [each.address for each in mapped])

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from kvpoll.runtime.transports.gather_scatter import Plan, cut
+from kvpoll.runtime.transports.copy_plan import Plan, cut
 from kvpoll.runtime.transports.gather_scatter_tables import copy_by_memmove, copy_by_torch
 from kvpoll.runtime.transports.interface import Region, TransportError
 from kvpoll.spec.source import BadInput

@@ -14,11 +14,12 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from kvpoll.runtime.transports.copy_plan import Plan, plan_of
 from kvpoll.runtime.transports.cuda_ipc_channel import Channel, Ended, Order
 from kvpoll.runtime.transports.cuda_ipc_device import Device, Mapped
-from kvpoll.runtime.transports.engine_writes import PAUSE_MIN_S, PAUSE_SHARE
-from kvpoll.runtime.transports.gather_scatter import BadRange, Plan, Space, plan
+from kvpoll.runtime.transports.engine_lane import PAUSE_MIN_S, PAUSE_SHARE
 from kvpoll.runtime.transports.interface import Copies
+from kvpoll.runtime.transports.offsets import BadRange, Space
 
 REVOKED_MAX: Final = 1 << 16
 """Incarnations whose orders are refused; the oldest are forgotten, long after their writers were told."""
@@ -175,7 +176,7 @@ class Puller:
             self._sources[channel] = self._open_source(channel)
         source = self._sources[channel]
         columns = [np.frombuffer(column, np.int64) for column in (order.source, order.target, order.nbytes)]
-        return plan(Copies(*columns), source.space, self._space), source
+        return plan_of(Copies(*columns), source.space, self._space), source
 
     def _break(self, order: Order, error: Exception) -> Ended:
         self._broken = True

@@ -16,7 +16,7 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped]
 
-from kvpoll.runtime.transports.gather_scatter import Plan
+from kvpoll.runtime.transports.copy_plan import Plan
 from kvpoll.runtime.transports.gather_scatter_tables import UNIT_BYTES, tables_of
 
 BLOCK = 2048

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kvpoll.runtime.transports.gather_scatter import Integers, Plan, split
+from kvpoll.runtime.transports.copy_plan import Plan, split
+from kvpoll.runtime.transports.offsets import Integers
 
 if TYPE_CHECKING:
     import torch

@@ -10,25 +10,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from kvpoll.runtime.transports import descriptor as descriptors
-from kvpoll.runtime.transports.interface import (
-    DONE,
-    Caps,
-    Copies,
-    Death,
-    Progress,
-    Region,
-    Tag,
-    TransportError,
-    Wake,
-)
-from kvpoll.runtime.transports.offsets import Plan, Refused, Space, plan_of
+from kvpoll.runtime.transports.copy_plan import Plan, plan_of
+from kvpoll.runtime.transports.descriptor import Body, Sizes
+from kvpoll.runtime.transports.interface import Caps, Copies, Death, Region, Tag, Wake
+from kvpoll.runtime.transports.offsets import Space
 from kvpoll.runtime.transports.posted import PostedWrites, Write
+from kvpoll.runtime.transports.posting import PostingTransport
 from kvpoll.spec.vocabulary import Incarnation
-
-_VERSION: Final = 1
 
 Kind = Literal["delay", "partial", "late", "drop_completion", "duplicate_completion", "owner_death", "writer_death"]
 Choose = Callable[[int], int]
@@ -48,6 +38,12 @@ class Fault(NamedTuple):
     steps: int = 1
     node: str | None = None
     nth: int | None = None
+
+
+class Descriptor(Body):
+    """sizes: bytes of each region."""
+
+    sizes: Sizes
 
 
 class Peer(NamedTuple):
@@ -236,71 +232,42 @@ class Fabric:
         self._moves.remove(move)
 
 
-class MemoryTransport:
+class MemoryTransport(PostingTransport[Peer]):
     """One endpoint of a fabric. one_sided: False makes the owner place the bytes, so that ``revoke`` fences."""
 
     name = "memory"
+    form = Descriptor
 
     def __init__(
         self, node: str, epoch: int, wake: Wake, on_death: Death, *, fabric: Fabric, one_sided: bool = True
     ) -> None:
-        self.node, self.epoch, self.wake, self.on_death = node, epoch, wake, on_death
+        super().__init__(node, epoch, PostedWrites(wake))
+        self.wake, self.on_death = wake, on_death
         self.caps = Caps(one_sided, "best_effort", True, None, frozenset({"host"}))
         self.fabric = fabric
-        self.writes = PostedWrites(wake)
-        self.regions: list[Region] = []
         self.revoked: set[Incarnation] = set()
         self.connected: set[str] = set()
-        self._space = Space([])
-        self._closed = False
         fabric.join(self)
 
-    def register(self, regions: Sequence[Region]) -> bytes:
-        """Make host memory known to the fabric."""
-        if self.regions or self._closed:
-            raise TransportError("memory: register is called once, before close")
-        if not regions or any(region.kind != "host" or region.nbytes <= 0 for region in regions):
-            raise TransportError("memory: give at least one region of host memory, none of them empty")
-        self.regions = list(regions)
-        self._space = Space([r.nbytes for r in regions], [r.address for r in regions])
-        return descriptors.encode(
-            self.name, _VERSION, {"node": self.node, "epoch": self.epoch, "sizes": self._space.sizes}
-        )  # fmt: skip
+    def _export(self, regions: Sequence[Region]) -> Descriptor:
+        return Descriptor(self.node, self.epoch, [region.nbytes for region in regions])
 
-    def connect(self, descriptor: bytes, node: str, epoch: int) -> Peer:
-        """The owner behind the descriptor. Writes to a life that is over fail when their turn comes."""
-        fields: dict[str, Any] = descriptors.decode(self.name, _VERSION, descriptor)
-        descriptors.require_peer(self.name, fields, node, epoch)
-        self.connected.add(node)
-        return Peer(node, epoch, Space(descriptors.sizes_of(self.name, fields)))
+    def _reach(self, body: Descriptor) -> Peer:
+        """Writes to a life that is over fail when their turn comes."""
+        self.connected.add(body.node)
+        return Peer(body.node, body.epoch, Space(body.sizes))
 
-    def post(self, peer: Peer, copies: Copies, tag: Tag) -> int:
-        """Queue a write; it moves with the fabric's steps."""
-        if not len(copies.nbytes):
-            return self.writes.add_ended(tag, DONE).handle
-        try:
-            plan = plan_of(copies, self._space, peer.space)
-        except Refused as refused:
-            return self.writes.add_ended(tag, Progress("failed", True, str(refused))).handle
-        write = self.writes.add(tag, plan)
-        if self._closed or not self.fabric.lives_at(peer):
-            reason = "the transport is closed" if self._closed else f"{peer} has ended"
-            self.writes.fail(write, reason, drained=True)
-        else:
-            self.fabric.add(self, peer, write, plan)
+    def _plan(self, copies: Copies, peer: Peer) -> Plan:
+        """Ranges stay as they were posted: a test decides between which two of them something happens."""
+        return plan_of(copies, self.space, peer.space, merged=False)
+
+    def _start(self, peer: Peer, tag: Tag, plan: Plan) -> int:
+        """Queue the write; it moves with the fabric's steps."""
+        if not self.fabric.lives_at(peer):
+            return self.writes.add_ended(tag, f"{peer} has ended")
+        write = self.writes.add(Write(tag, plan))
+        self.fabric.add(self, peer, write, plan)
         return write.handle
-
-    def poll(self, handle: int) -> Progress:
-        """How a write stands."""
-        return self.writes.poll(handle)
-
-    def abort(self, handle: int) -> None:
-        """Ask for the end of a write; it drains at its next step, a late one only when it lands."""
-        self.writes.abort(handle)
-
-    def forget(self, handle: int) -> None:
-        """The handle is not polled again."""
-        self.writes.forget(handle)
 
     def revoke(self, incarnation: Incarnation) -> bool:
         """Give up an incarnation's pages. True, and a fence, only when the owner places the bytes itself."""
@@ -312,10 +279,10 @@ class MemoryTransport:
         if not self._closed:
             self._closed = True
             self.fabric.leave(self)
-            self.writes.fail_all("the transport is closed", drained=lambda write: True)
+            self.writes.fail_all("the transport is closed", drained=True)
 
 
 def _rows(plan: Plan, owner: Space) -> Iterator[tuple[int, int, int, int]]:
     """(source address, owner's region, offset within that region, bytes) of each range."""
-    begin = plan.target - owner.starts[plan.region]
-    return zip(plan.source.tolist(), plan.region.tolist(), begin.tolist(), plan.nbytes.tolist(), strict=True)
+    begin = plan.target - owner.starts[plan.target_region]
+    return zip(plan.source.tolist(), plan.target_region.tolist(), begin.tolist(), plan.nbytes.tolist(), strict=True)

@@ -20,12 +20,11 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
-import msgspec
-
+from kvpoll.runtime.transports.copy_plan import Plan
+from kvpoll.runtime.transports.descriptor import Body, Places
 from kvpoll.runtime.transports.engine_import import load_engine
+from kvpoll.runtime.transports.engine_lane import Broken, Carrier
 from kvpoll.runtime.transports.engine_transport import DEADLINE_S, EngineTransport, Peer
-from kvpoll.runtime.transports.engine_writes import Broken, Carrier
-from kvpoll.runtime.transports.gather_scatter import Plan
 from kvpoll.runtime.transports.interface import Caps, Death, Region, Tag, TransportError, Wake
 from kvpoll.runtime.transports.mooncake_namespace import MEND, open_interfaces
 
@@ -39,13 +38,11 @@ SETTINGS: Final = {
 """Read by the engine when it is made; a value that the environment already has is left alone."""
 
 
-class Descriptor(msgspec.Struct):
+class Descriptor(Body):
     """session: host:port of the owner's handshake. regions: [(address, nbytes)]."""
 
-    node: str
-    epoch: int
     session: str
-    regions: list[tuple[int, int]]
+    regions: Places
 
 
 class MooncakeTransport(EngineTransport):
@@ -101,7 +98,7 @@ class MooncakeTransport(EngineTransport):
         return _Batches(self.engine, body.session)
 
     def _shut(self) -> None:
-        for region in self._regions or ():
+        for region in self.regions:
             self.engine.unregister_memory(region.address)
 
     def probe(self, peer: Peer) -> int | None:
@@ -124,7 +121,7 @@ class MooncakeTransport(EngineTransport):
     def _ask(self, session: str) -> None:
         with contextlib.suppress(Exception):
             self._answers[session] = int(self.engine.send_probe(session))
-        self._book.tell()
+        self.writes.tell()
 
 
 class _Batches:

@@ -20,16 +20,18 @@ import os
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-import msgspec
 import numpy as np
 
+from kvpoll.runtime.transports.copy_plan import Plan, cut, merge, plan_of
+from kvpoll.runtime.transports.descriptor import Body, Places
 from kvpoll.runtime.transports.engine_import import load_engine
+from kvpoll.runtime.transports.engine_lane import Broken, Carrier, Refused
 from kvpoll.runtime.transports.engine_transport import DEADLINE_S, EngineTransport, Peer
-from kvpoll.runtime.transports.engine_writes import Broken, Carrier, Refused
-from kvpoll.runtime.transports.gather_scatter import Grid, Plan, Space, cut, grid, merge, plan, uniform_bytes
 from kvpoll.runtime.transports.interface import Caps, Copies, Death, Region, Tag, TransportError, Wake
+from kvpoll.runtime.transports.offsets import Space
+from kvpoll.runtime.transports.page_lists import Grid, grid, uniform_bytes
 
 MEMORY: Final = {"host": "DRAM", "cuda": "VRAM"}
 CELLS_MAX: Final = 1 << 20
@@ -39,18 +41,16 @@ GRIDS_MAX: Final = 4
 """Page sizes that are kept prepared for one peer; a pool has one or two."""
 
 
-class Descriptor(msgspec.Struct):
+class Descriptor(Body):
     """agent: the name that its metadata carries. metadata: of ``get_agent_metadata``. regions: [(address, nbytes)].
 
-    kinds: "host" or "cuda" for each region; devices: its device number (0 for host).
+    kind: "host" or "cuda", of all regions; device: their device number (0 for host).
     """
 
-    node: str
-    epoch: int
     agent: str
     metadata: bytes
-    regions: list[tuple[int, int]]
-    kind: str
+    regions: Places
+    kind: Literal["host", "cuda"]
     device: int
 
 
@@ -108,13 +108,13 @@ class NixlTransport(EngineTransport):
         kinds = {region.kind for region in regions}
         if len(kinds) > 1:
             raise TransportError("nixl: all regions must be of one kind, host or cuda")
-        kind = next(iter(kinds), "host")
+        kind = kinds.pop()
         self.memory = MEMORY[kind]
         self.device = self.device if kind == "cuda" else 0
         rows = [(region.address, region.nbytes, self.device, "") for region in regions]
         try:
             with self.agent_lock:
-                self._registered = self.agent.register_memory(rows, self.memory) if rows else None
+                self._registered = self.agent.register_memory(rows, self.memory)
                 metadata = self.agent.get_agent_metadata()
         except Exception as error:
             raise TransportError(f"nixl does not register the memory: {_said(error)}") from None
@@ -126,7 +126,7 @@ class NixlTransport(EngineTransport):
 
     def _plan(self, copies: Copies, peer: Peer) -> Plan:
         """Pages of one size stay single, so that prepared lists can be used (NIXL joins neighbours itself)."""
-        ranges = plan(copies, self._space, peer.space, merged=False)
+        ranges = plan_of(copies, self.space, peer.space, merged=False)
         return ranges if self.page_bytes(ranges, peer.space) else merge(ranges)
 
     def _cut(self, ranges: Plan) -> Iterator[Plan]:
@@ -138,8 +138,8 @@ class NixlTransport(EngineTransport):
 
     def page_bytes(self, ranges: Plan, target: Space) -> int | None:
         """The page size for which lists of whole regions are worth preparing, or None."""
-        size = uniform_bytes(ranges, self._space, target)
-        if size is None or max(self._space.total, target.total) // size > CELLS_MAX:
+        size = uniform_bytes(ranges, self.space, target)
+        if size is None or max(self.space.total, target.total) // size > CELLS_MAX:
             return None
         return size
 
@@ -221,7 +221,7 @@ class _Transfers:
         size = self.transport.page_bytes(part, self.space)
         if size is not None:
             mine, local, theirs, remote = self._lists(size)
-            sources = mine.cells(self.transport.own_space, part.source, part.source_region)
+            sources = mine.cells(self.transport.space, part.source, part.source_region)
             targets = theirs.cells(self.space, part.target, part.target_region)
             return agent.make_prepped_xfer("WRITE", local, sources, remote, targets)
         local = agent.get_xfer_descs(_rows(part.source, part.nbytes, self.transport.device), self.transport.memory)
@@ -236,7 +236,7 @@ class _Transfers:
                 _, local, _, remote = self._prepared.pop(next(iter(self._prepared)))
                 agent.release_dlist_handle(local)
                 agent.release_dlist_handle(remote)
-            mine, theirs = grid(transport.own_space, size), grid(self.space, size)
+            mine, theirs = grid(transport.space, size), grid(self.space, size)
             self._prepared[size] = (
                 mine,
                 agent.prep_xfer_dlist(

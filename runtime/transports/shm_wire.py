@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import socket
 import struct
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
+
+import msgspec
+
+from kvpoll.runtime.transports.descriptor import Body, Sizes
 
 VERSION: Final = 1
 BYE: Final = b"bye"
@@ -27,6 +31,25 @@ REFUSALS: Final = {
     4: "a newer life of this node has connected already",
     5: "the owner is closing",
 }
+
+PATH_BYTES_MAX: Final = 107
+
+
+class Descriptor(Body):
+    """path: of the owner's socket. sizes: bytes of each region; shared: which of them can be mapped."""
+
+    path: str
+    secret: Annotated[bytes, msgspec.Meta(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]
+    sizes: Sizes
+    shared: list[bool]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no owner says; msgspec makes a ValidationError of it."""
+        if len(self.shared) != len(self.sizes):
+            raise ValueError("shared and sizes differ in length")
+        if len(self.path.encode()) > PATH_BYTES_MAX:
+            raise ValueError(f"the path has more than {PATH_BYTES_MAX} bytes")
+
 
 _MAGIC: Final = b"KVSH"
 _HELLO: Final = struct.Struct(f"<4sHHq{SECRET_BYTES}s")

@@ -7,29 +7,18 @@ Listens on loopback unless told otherwise.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
-from kvpoll.runtime.transports import descriptor as descriptors
 from kvpoll.runtime.transports import tcp_wire as wire
-from kvpoll.runtime.transports.interface import (
-    DONE,
-    Caps,
-    Copies,
-    Death,
-    Progress,
-    Region,
-    Tag,
-    TransportError,
-    Wake,
-)
-from kvpoll.runtime.transports.offsets import Refused, Space, plan_of
-from kvpoll.runtime.transports.posted import PostedWrites
+from kvpoll.runtime.transports.copy_plan import Plan
+from kvpoll.runtime.transports.interface import Caps, Death, Region, Tag, TransportError, Wake
+from kvpoll.runtime.transports.posted import PostedWrites, Write
+from kvpoll.runtime.transports.posting import PostingTransport
 from kvpoll.runtime.transports.tcp_owner import Receiver
-from kvpoll.runtime.transports.tcp_writer import Address, Settings, SourceMemory, TcpPeer
+from kvpoll.runtime.transports.tcp_writer import Settings, SourceMemory, TcpPeer
 from kvpoll.spec.vocabulary import Incarnation
 
 _CLOSE_LIMIT_S: Final = 2.0
@@ -38,7 +27,7 @@ _EVERYWHERE: Final = {"0.0.0.0", "::", ""}
 BUFFER_BYTES: Final = 4 << 20
 
 
-class TcpTransport:
+class TcpTransport(PostingTransport[TcpPeer]):
     """One process's side of tcp, as writer, owner, or both.
 
     host, port: where the owner listens; port 0 lets the system choose. advertise: the address that peers are told,
@@ -49,6 +38,8 @@ class TcpTransport:
 
     name = "tcp"
     caps = Caps(one_sided=False, cancel="best_effort", proves_death=False, copies_max=None, memory=frozenset({"host"}))
+    form = wire.Descriptor
+    version = wire.VERSION
 
     def __init__(
         self, node: str, epoch: int, wake: Wake, on_death: Death, *, host: str = "127.0.0.1", port: int = 0,
@@ -57,94 +48,48 @@ class TcpTransport:
     ) -> None:  # fmt: skip
         del on_death  # the end of a connection is no proof of a process's end
         _check_options(node, host, advertise, lanes, stall_s, bytes_per_s)
-        self.node, self.epoch = node, epoch
+        super().__init__(node, epoch, PostedWrites(wake))
         self._host, self._port, self._advertise, self._lanes = host, port, advertise or host, lanes
-        self._writes = PostedWrites(wake)
-        self._settings = Settings(node, epoch, self._writes, buffer_bytes, stall_s, bytes_per_s)
-        self._peers: dict[bytes, TcpPeer] = {}
+        self._settings = Settings(node, epoch, self.writes, buffer_bytes, stall_s, bytes_per_s)
         self._ended: list[TcpPeer] = []
-        self._space = Space([])
         self._receiver: Receiver | None = None
-        self._posted: dict[int, TcpPeer] = {}
-        self._closed = False
 
     @property
     def counters(self) -> dict[str, int]:
         """As owner: connections admitted, refused, malformed, ended; writes placed, revoked; bytes thrown away."""
         return dict(self._receiver.counters) if self._receiver else {}
 
-    def register(self, regions: Sequence[Region]) -> bytes:
-        """Listen for writers to these regions, and send from them. Host memory only."""
-        if self._closed or self._receiver:
-            raise TransportError("tcp: register is called once, before close")
-        for region in regions:
-            if region.kind not in self.caps.memory or region.nbytes <= 0:
-                raise TransportError(
-                    f"tcp: a region of {region.nbytes} bytes of {region.kind} memory cannot be sent: "
-                    f"give host memory, or use cuda_ipc"
-                )
-        if not regions:
-            raise TransportError("tcp: no region was given: register at least one")
-        self._space = Space([r.nbytes for r in regions], [r.address for r in regions])
+    def _export(self, regions: Sequence[Region]) -> wire.Descriptor:
+        """Listen for writers to these regions, and send from them."""
         settings = self._settings
         settings.memory = SourceMemory(regions)
         self._receiver = Receiver(
             self.epoch, regions, self._host, self._port, settings.buffer_bytes, settings.stall_s
         )  # fmt: skip
-        return descriptors.encode(self.name, wire.VERSION, {
-            "node": self.node, "epoch": self.epoch, "host": self._advertise, "port": self._receiver.port,
-            "cookie": base64.b64encode(self._receiver.cookie).decode(), "sizes": self._space.sizes,
-        })  # fmt: skip
+        sizes = [region.nbytes for region in regions]
+        return wire.Descriptor(
+            self.node, self.epoch, self._advertise, self._receiver.port, self._receiver.cookie, sizes
+        )  # fmt: skip
 
-    def connect(self, descriptor: bytes, node: str, epoch: int) -> TcpPeer:
-        """The owner behind the descriptor. The connection itself is made by the first write."""
-        known = self._peers.get(descriptor)
-        if known is not None:
-            return known
-        address = _address(descriptor, node, epoch)
-        peer = TcpPeer(address, self._settings, self._lanes)
-        lives = {key: other for key, other in self._peers.items() if other.address.node == node}
-        newest = max((other.address.epoch for other in lives.values()), default=epoch)
-        if newest > epoch:
-            peer.end(f"{address} was replaced by epoch {newest}", None)
-            return peer
-        for key, other in lives.items():
-            other.end(f"{other.address} was replaced by epoch {epoch}", None)
-            del self._peers[key]
-            self._ended.append(other)
-        self._ended = [other for other in self._ended if not other.join(0)]
-        self._peers[descriptor] = peer
-        return peer
+    def _reach(self, body: wire.Descriptor) -> TcpPeer:
+        """The connections themselves are made by the first writes."""
+        return TcpPeer(body, self._settings, self._lanes)
 
-    def post(self, peer: TcpPeer, copies: Copies, tag: Tag) -> int:
-        """Queue a write. A range outside the regions of either side fails it at once, with nothing sent."""
-        if not len(copies.nbytes):
-            return self._writes.add_ended(tag, DONE).handle
-        try:
-            plan = plan_of(copies, self._space, peer.address.space)
-        except Refused as refused:
-            return self._writes.add_ended(tag, Progress("failed", True, str(refused))).handle
-        write = self._writes.add(tag, plan)
-        if self._closed:
-            self._writes.fail(write, "the transport is closed", drained=True)
-        else:
-            peer.submit(write)
+    def _retire(self, peer: TcpPeer, reason: str) -> None:
+        peer.end(reason, None)
+        self._ended = [other for other in [*self._ended, peer] if not other.join(0)]
+
+    def _start(self, peer: TcpPeer, tag: Tag, plan: Plan) -> int:
+        write = self.writes.add(Write(tag, plan))
+        peer.submit(write)
         return write.handle
-
-    def poll(self, handle: int) -> Progress:
-        """How a write stands."""
-        return self._writes.poll(handle)
 
     def abort(self, handle: int) -> None:
         """Ask for the end of a write; the owner's answer drains it."""
-        if self._writes.abort(handle):
-            for peer in self._peers.values():
+        if self.writes.abort(handle):
+            for peer in self._peers:
                 for lane in peer.lanes:
                     lane.nudge()
-
-    def forget(self, handle: int) -> None:
-        """The handle is not polled again."""
-        self._writes.forget(handle)
 
     def revoke(self, incarnation: Incarnation) -> bool:
         """Fence: True proves that no byte of this incarnation's writes will be placed any more."""
@@ -156,12 +101,12 @@ class TcpTransport:
             return
         self._closed = True
         until_s = time.monotonic() + _CLOSE_LIMIT_S
-        peers = [*self._peers.values(), *self._ended]
+        peers = [*self._peers, *self._ended]
         for peer in peers:
             peer.end("the transport is closed", _LINGER_S)
         for peer in peers:
             peer.join(until_s - 0.5)
-        self._writes.fail_all("the transport is closed", drained=lambda write: not write.begun)
+        self.writes.fail_all("the transport is closed")
         if self._receiver is not None:
             self._receiver.close(max(0.5, until_s - time.monotonic()))
 
@@ -184,17 +129,3 @@ def _check_options(
         raise TransportError(
             f"tcp: lanes={lanes}, stall_s={stall_s}, bytes_per_s={bytes_per_s}: give 1 to 64 lanes and positive limits"
         )
-
-
-def _address(descriptor: bytes, node: str, epoch: int) -> Address:
-    fields: dict[str, Any] = descriptors.decode("tcp", wire.VERSION, descriptor)
-    descriptors.require_peer("tcp", fields, node, epoch)
-    sizes = descriptors.sizes_of("tcp", fields)
-    host, port = fields.get("host"), fields.get("port")
-    try:
-        cookie = base64.b64decode(str(fields.get("cookie")), validate=True)
-    except ValueError:
-        cookie = b""
-    if not isinstance(host, str) or type(port) is not int or not 0 < port < 65536 or len(cookie) != wire.COOKIE_BYTES:
-        raise TransportError("tcp: the descriptor is damaged (host, port, cookie): fetch it from the peer again")
-    return Address(node, epoch, host, port, cookie, sizes)

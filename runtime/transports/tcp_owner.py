@@ -23,7 +23,7 @@ from typing import Final
 from kvpoll.runtime.transports import tcp_wire as wire
 from kvpoll.runtime.transports.forked_children import keep_from_children
 from kvpoll.runtime.transports.interface import Region, TransportError
-from kvpoll.runtime.transports.offsets import Refused, Space
+from kvpoll.runtime.transports.offsets import BadRange, Space
 from kvpoll.spec.vocabulary import Incarnation
 
 _HELLO_LIMIT_S: Final = 5.0
@@ -210,7 +210,7 @@ class _Lane:
                 self._take_frame()
         except _Ended as ended:
             counter = ended.counter
-        except (wire.Malformed, Refused):
+        except (wire.Malformed, BadRange):
             counter = "malformed"
         except OSError:
             pass
@@ -242,7 +242,7 @@ class _Lane:
             self._answer(wire.STOPPED, header.write)
             return
         target, nbytes = wire.unpack_ranges(header, self._take(header.ranges * wire.RANGE_BYTES, receiver.stall_s))
-        regions = receiver.space.regions_of(target, nbytes, "owner")
+        regions = receiver.space.regions_of("target", target, nbytes)
         begins = (target - receiver.space.starts[regions]).tolist()
         memory = receiver.memory
         rows = zip(regions.tolist(), begins, nbytes.tolist(), strict=True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import socket
 import struct
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
+import msgspec
 import numpy as np
 
-from kvpoll.runtime.transports.offsets import Words
+from kvpoll.runtime.transports.descriptor import Body, Sizes
+from kvpoll.runtime.transports.offsets import Integers
 from kvpoll.spec.vocabulary import Incarnation
 
 VERSION: Final = 1
@@ -41,6 +43,18 @@ HELLO_BYTES: Final = _HELLO.size
 ANSWER_BYTES: Final = _ANSWER.size
 HEADER_BYTES: Final = _HEADER.size
 RANGE_BYTES: Final = 16
+
+
+class Descriptor(Body):
+    """host, port: where the owner listens. cookie: what admits a writer. sizes: bytes of each region."""
+
+    host: str
+    port: Annotated[int, msgspec.Meta(gt=0, lt=1 << 16)]
+    cookie: Annotated[bytes, msgspec.Meta(min_length=COOKIE_BYTES, max_length=COOKIE_BYTES)]
+    sizes: Sizes
+
+    def __str__(self) -> str:
+        return f"{self.node} epoch {self.epoch} at {self.host}:{self.port}"
 
 
 class Malformed(ValueError):
@@ -107,7 +121,7 @@ def unpack_answer(answer: bytes | bytearray | memoryview) -> tuple[int, int]:
     return status, write
 
 
-def pack_frame(header: Header, target: Words, nbytes: Words) -> bytes:
+def pack_frame(header: Header, target: Integers, nbytes: Integers) -> bytes:
     """Header and table of ranges; the payload follows it on the wire."""
     table = np.empty((len(target), 2), dtype="<i8")
     table[:, 0], table[:, 1] = target, nbytes
@@ -127,7 +141,7 @@ def unpack_header(data: bytes | bytearray | memoryview) -> Header:
     return Header(kind, flags, owner_epoch, write, Incarnation(room, attempt, epoch), count, payload)
 
 
-def unpack_ranges(header: Header, table: bytes | bytearray | memoryview) -> tuple[Words, Words]:
+def unpack_ranges(header: Header, table: bytes | bytearray | memoryview) -> tuple[Integers, Integers]:
     """(target offsets, lengths), int64[ranges] each. Raises Malformed when the lengths do not add up to the payload."""
     ranges = np.frombuffer(table, dtype="<i8").reshape(header.ranges, 2).astype(np.int64)
     target, nbytes = ranges[:, 0], ranges[:, 1]

@@ -15,26 +15,25 @@ import logging
 import os
 import select
 import socket
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
 
 from kvpoll.runtime.transports import tcp_wire as wire
+from kvpoll.runtime.transports.copy_plan import Plan, cut
 from kvpoll.runtime.transports.forked_children import keep_from_children
 from kvpoll.runtime.transports.interface import Region
-from kvpoll.runtime.transports.offsets import Plan, Space
+from kvpoll.runtime.transports.offsets import Space
 from kvpoll.runtime.transports.posted import PostedWrites, Write
+from kvpoll.runtime.transports.writer_thread import WriterThread
 
 LOG: Final = logging.getLogger(__name__)
 FRAME_BYTES: Final = 4 << 20
 _CONNECT_LIMIT_S: Final = 5.0
 _RETRY_S: Final = (0.1, 2.0)
 _LINGER_S: Final = 1.0
-_QUEUE_MAX: Final = 4096
 _TICK_S: Final = 0.5
 _NOTHING: Final = np.empty(0, dtype=np.int64)
 _GONE_ERRORS: Final = {errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN, errno.ECONNABORTED}
@@ -63,17 +62,6 @@ class Settings:
         self.memory: SourceMemory | None = None
 
 
-class Address:
-    """Where an owner is reached, from its descriptor."""
-
-    def __init__(self, node: str, epoch: int, host: str, port: int, cookie: bytes, sizes: list[int]) -> None:
-        self.node, self.epoch, self.host, self.port, self.cookie = node, epoch, host, port, cookie
-        self.space = Space(sizes)
-
-    def __str__(self) -> str:
-        return f"{self.node} epoch {self.epoch} at {self.host}:{self.port}"
-
-
 class _Lost(Exception):
     """The connection is over. ``proof``: nothing that was sent on it will be placed any more."""
 
@@ -85,9 +73,9 @@ class _Lost(Exception):
 class TcpPeer:
     """One owner as its writer sees it."""
 
-    def __init__(self, address: Address, settings: Settings, lanes: int) -> None:
-        self.address = address
-        self.lanes = [Lane(address, settings, number) for number in range(lanes)]
+    def __init__(self, owner: wire.Descriptor, settings: Settings, lanes: int) -> None:
+        self.space = Space(owner.sizes)
+        self.lanes = [Lane(owner, settings, number) for number in range(lanes)]
 
     def submit(self, write: Write) -> None:
         """Queue the write on the least busy lane."""
@@ -100,22 +88,17 @@ class TcpPeer:
 
     def join(self, until_s: float) -> bool:
         """Wait for the lanes' threads; True when all have ended."""
-        joined = [lane.join(until_s) for lane in self.lanes]
+        joined = [lane.join(until_s - time.monotonic()) for lane in self.lanes]
         return all(joined)
 
 
-class Lane:
+class Lane(WriterThread):
     """One connection to an owner, with its thread and its queue."""
 
-    def __init__(self, address: Address, settings: Settings, number: int) -> None:
-        self._address, self._settings, self._number = address, settings, number
-        self._writes = settings.writes
-        self._queue: deque[Write] = deque()
-        self._lock = threading.Lock()
-        self._gone: str | None = None
+    def __init__(self, owner: wire.Descriptor, settings: Settings, number: int) -> None:
+        super().__init__(f"kvpoll-tcp-to-{owner.node}", str(owner), settings.writes)
+        self._descriptor, self._settings, self._number = owner, settings, number
         self._until_s: float | None = None
-        self._thread: threading.Thread | None = None
-        self._bell = -1
         # Only the thread touches what follows.
         self._connection: socket.socket | None = None
         self._current: Write | None = None
@@ -133,51 +116,15 @@ class Lane:
         """Writes that this lane has still to send or to hear of."""
         return len(self._queue) + len(self._unanswered) + (self._current is not None)
 
-    # --- called by the transport's user ------------------------------------------------------------
-
-    def submit(self, write: Write) -> None:
-        """Queue a write; it fails at once when the owner is known to be gone or the queue is full."""
-        with self._lock:
-            reason = self._gone
-            if reason is None and len(self._queue) >= _QUEUE_MAX:
-                reason = f"{len(self._queue)} writes are queued for {self._address} already"
-            if reason is None:
-                self._queue.append(write)
-                self._start()
-                os.eventfd_write(self._bell, 1)
-        if reason is not None:
-            self._writes.fail(write, reason, drained=True)
-
-    def nudge(self) -> None:
-        """Something that the thread looks at has changed (an abort)."""
-        with self._lock:
-            if self._bell >= 0:
-                os.eventfd_write(self._bell, 1)
-
     def end(self, reason: str, linger_s: float | None) -> None:
         """See TcpPeer.end. Does not wait."""
-        with self._lock:
-            self._gone = self._gone or reason
-            self._until_s = None if linger_s is None else time.monotonic() + linger_s
+        self._until_s = None if linger_s is None else time.monotonic() + linger_s
+        self._take_no_more(reason)
         self.nudge()
-
-    def join(self, until_s: float) -> bool:
-        """Wait for the thread's end until then."""
-        if self._thread is None:
-            return True
-        self._thread.join(max(0.0, until_s - time.monotonic()))
-        return not self._thread.is_alive()
-
-    def _start(self) -> None:
-        if self._thread is None:
-            self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            name = f"kvpoll-tcp-to-{self._address.node}"
-            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-            self._thread.start()
 
     # --- the thread --------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         while not self._is_over():
             try:
                 if self._connection is not None:
@@ -189,13 +136,9 @@ class Lane:
             except _Lost as lost:
                 self._lose(str(lost), proof=lost.proof)
             except Exception as error:  # whatever it is, no write may stay pending for ever
-                LOG.exception("the thread that writes to %s failed", self._address)
-                self._lose(f"the thread that writes to {self._address} failed: {error}", proof=False)
-        reason = self._gone or "the transport is closed"
-        self._lose(reason, proof=False)
-        with self._lock:
-            os.close(self._bell)
-            self._bell = -1
+                LOG.exception("the thread that writes to %s failed", self._owner)
+                self._lose(f"the thread that writes to {self._owner} failed: {error}", proof=False)
+        self._lose(str(self._gone), proof=False)
 
     def _is_over(self) -> bool:
         if self._gone is None:
@@ -226,12 +169,12 @@ class Lane:
             pass
         except OSError as error:
             raise _Lost(
-                f"the connection to {self._address} failed: {error.strerror}", proof=error.errno in _GONE_ERRORS
+                f"the connection to {self._owner} failed: {error.strerror}", proof=error.errno in _GONE_ERRORS
             ) from None
         if not busy or ready:
             self._progress_s = time.monotonic()
         elif (self._out or self._unanswered) and time.monotonic() - self._progress_s > self._settings.stall_s:
-            raise _Lost(f"no progress with {self._address} for {self._settings.stall_s:g} s", proof=False)
+            raise _Lost(f"no progress with {self._owner} for {self._settings.stall_s:g} s", proof=False)
 
     def _next_frame(self) -> None:
         """Prepare what is sent next, if anything may be sent now."""
@@ -240,7 +183,7 @@ class Lane:
             if self._writes.begin(write):
                 assert write.plan is not None
                 self._current = write
-                self._frames = _with_last(write.plan.pieces(FRAME_BYTES, wire.RANGES_MAX))
+                self._frames = _with_last(cut(write.plan, wire.RANGES_MAX, FRAME_BYTES))
         write_now = self._current
         if write_now is None:
             return
@@ -259,7 +202,7 @@ class Lane:
         kind, flags = (wire.STOP, 0) if plan is None else (wire.DATA, wire.LAST if last else 0)
         count, payload = (0, 0) if plan is None else (len(plan.nbytes), plan.total)
         header = wire.Header(
-            kind, flags, self._address.epoch, write.handle, write.tag.incarnation, count, payload
+            kind, flags, self._descriptor.epoch, write.handle, write.tag.incarnation, count, payload
         )  # fmt: skip
         if plan is None:
             return [memoryview(wire.pack_frame(header, _NOTHING, _NOTHING))]
@@ -291,14 +234,14 @@ class Lane:
         while True:
             data = connection.recv(1 << 14)
             if not data:
-                raise _Lost(f"{self._address} has ended the connection", proof=True)
+                raise _Lost(f"{self._owner} has ended the connection", proof=True)
             self._answer += data
             whole = len(self._answer) // wire.ANSWER_BYTES * wire.ANSWER_BYTES
             for at in range(0, whole, wire.ANSWER_BYTES):
                 try:
                     self._take_answer(*wire.unpack_answer(self._answer[at : at + wire.ANSWER_BYTES]))
                 except wire.Malformed:
-                    raise _Lost(f"{self._address} sent something that is no answer", proof=False) from None
+                    raise _Lost(f"{self._owner} sent something that is no answer", proof=False) from None
             del self._answer[:whole]
 
     def _take_answer(self, status: int, handle: int) -> None:
@@ -343,7 +286,7 @@ class Lane:
             self._retry_s = min(2 * self._retry_s, _RETRY_S[1])
             while self._queue:
                 write = self._queue.popleft()
-                self._writes.fail(write, f"{self._address} cannot be reached: {lost}", drained=True)
+                self._writes.fail(write, f"{self._owner} cannot be reached: {lost}", drained=True)
         else:
             self._settle_unproven()
             self._progress_s = time.monotonic()
@@ -354,7 +297,7 @@ class Lane:
             self._writes.fail(write, "its connection was lost", drained=True)
 
     def _open(self) -> socket.socket:
-        address, settings = self._address, self._settings
+        address, settings = self._descriptor, self._settings
         until_s = time.monotonic() + _CONNECT_LIMIT_S
         connection = keep_from_children(socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET))
         try:
@@ -401,18 +344,11 @@ class Lane:
                 raise _Lost(f"no answer within {_CONNECT_LIMIT_S:g} s", proof=False)
 
     def _wait(self, connection: socket.socket | None, events: int, limit_s: float | None) -> int:
-        """Wait for the bell or the connection; the events of the connection."""
+        """The same, no longer than there is to linger."""
         if self._until_s is not None:
             left_s = max(0.0, self._until_s - time.monotonic())
             limit_s = left_s if limit_s is None else min(limit_s, left_s)
-        poll = select.poll()
-        poll.register(self._bell, select.POLLIN)
-        if connection is not None:
-            poll.register(connection, events)
-        ready = dict(poll.poll(None if limit_s is None else int(limit_s * 1000 + 0.999)))
-        if self._bell in ready:
-            os.eventfd_read(self._bell)
-        return ready.get(connection.fileno(), 0) if connection is not None else 0
+        return super()._wait(connection, events, limit_s)
 
 
 def _with_last(pieces: Iterator[Plan]) -> Iterator[tuple[Plan, bool]]:

@@ -117,7 +117,7 @@ class OneTooFar(MemoryTransport):
 
     def post(self, peer: Peer, copies: Copies, tag: Tag) -> int:
         fits = copies.target + copies.nbytes + 8 <= peer.space.total
-        longer = np.where(fits & (copies.source + copies.nbytes + 8 <= self._space.total), 8, 0)
+        longer = np.where(fits & (copies.source + copies.nbytes + 8 <= self.space.total), 8, 0)
         return super().post(peer, copies._replace(nbytes=copies.nbytes + longer), tag)
 
 
@@ -171,7 +171,7 @@ class AnyDescriptor(MemoryTransport):
     """Takes whatever it is given for a descriptor."""
 
     def connect(self, descriptor: bytes, node: str, epoch: int) -> Peer:
-        return Peer(node, epoch, self._space)
+        return Peer(node, epoch, self.space)
 
 
 class StaysPending(MemoryTransport):

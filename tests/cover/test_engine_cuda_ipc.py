@@ -9,11 +9,12 @@ import gc
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transport_stage import LIMIT_S, eventually
 
 from kvpoll.runtime.transports import make
 from kvpoll.runtime.transports.cuda_ipc import CudaIpcTransport
@@ -24,7 +25,6 @@ from kvpoll.runtime.transports.interface import DONE, PENDING, Copies, Progress,
 from kvpoll.spec.source import BadInput
 from kvpoll.spec.vocabulary import Incarnation
 
-LIMIT_S = 20.0
 NBYTES = 1 << 16
 ROOM, OTHER = Incarnation(7, 0, 0), Incarnation(8, 0, 0)
 
@@ -100,13 +100,6 @@ def placed(source: np.ndarray, copies: Copies) -> np.ndarray:
     return wanted
 
 
-def eventually(holds: Callable[[], bool]) -> None:
-    until = time.monotonic() + LIMIT_S
-    while not holds():
-        assert time.monotonic() < until, "it did not come true"
-        time.sleep(0.001)
-
-
 @pytest.fixture(params=["pull", "push"])
 def direction(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -138,10 +131,10 @@ def test_a_write_is_pending_until_its_event_and_a_launched_copy_goes_on(pair: Pa
     assert pair.poll(handle) == PENDING
     pair.writer.transport.abort(handle)
     time.sleep(0.05)
-    assert pair.poll(handle) == Progress("failed", False, "aborted")
+    assert pair.poll(handle) == Progress("failed", False, "aborted by its user")
     assert not pair.owner.bytes.any()
     pair.copier.gate.set()
-    pair.becomes(handle, Progress("failed", True, "aborted"))
+    pair.becomes(handle, Progress("failed", True, "aborted by its user"))
     assert (pair.owner.bytes == placed(pair.writer.bytes, PAGES)).all()  # it landed, after the abort
 
 
@@ -214,7 +207,7 @@ def test_an_aborted_order_that_has_not_begun_never_begins(direction: str) -> Non
         handles = [pair.post() for _ in range(70)]  # 64 are in flight at once
         eventually(lambda: pair.copier.copies_started == 64)
         pair.writer.transport.abort(handles[-1])
-        pair.becomes(handles[-1], Progress("failed", True, "aborted"))
+        pair.becomes(handles[-1], Progress("failed", True, "aborted by its user"))
         pair.copier.gate.set()
         pair.becomes(handles[-2], DONE)
         assert pair.copier.copies_started == 69
@@ -276,7 +269,7 @@ def test_nothing_is_left_open() -> None:
         pair.writer.close()
         pair.owner.close()
         del pair
-    eventually(lambda: open_files() <= before)
+    assert eventually(lambda: open_files() <= before)
 
 
 # --- strangers and mistakes -------------------------------------------------------------------------
@@ -329,7 +322,7 @@ def test_options_and_memory_that_cannot_be_are_refused() -> None:
     memory = np.zeros(64, np.uint8)
     with pytest.raises(TransportError, match="only a region with a file descriptor"):
         transport.register([Region(memory.ctypes.data, 64, keep=memory)])
-    with pytest.raises(TransportError, match="region 0 is cuda memory; it takes host"):
+    with pytest.raises(TransportError, match="region 0 is cuda memory: it takes host"):
         transport.register([Region(memory.ctypes.data, 64, "cuda", memory)])
     transport.close()
     with pytest.raises(TransportError, match="closed"):

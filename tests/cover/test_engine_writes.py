@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from transport_stage import LIMIT_S, eventually
 
-from kvpoll.runtime.transports.engine_writes import Broken, Lane, Refused, WriteBook
+from kvpoll.runtime.transports.engine_lane import Broken, Lane, Refused
+from kvpoll.runtime.transports.engine_writes import WriteBook
 from kvpoll.runtime.transports.interface import DONE, PENDING, Progress, Tag
 from kvpoll.spec.vocabulary import Incarnation
 
-LIMIT_S = 20.0
 ROOM = Incarnation(7, 0, 0)
 TAG = Tag(ROOM, 1)
 
@@ -95,15 +96,8 @@ def scenes() -> Iterator[Callable[..., Scene]]:
         scene.book.close()
 
 
-def eventually(holds: Callable[[], bool]) -> None:
-    until = time.monotonic() + LIMIT_S
-    while not holds():
-        assert time.monotonic() < until, "it did not come true"
-        time.sleep(0.001)
-
-
 def becomes(scene: Scene, handle: int, wanted: Progress) -> None:
-    eventually(lambda: scene.book.poll(handle) == wanted)
+    assert eventually(lambda: scene.book.poll(handle) == wanted)
 
 
 def test_a_write_is_done_when_its_last_part_has_landed(scenes: Callable[..., Scene]) -> None:
@@ -122,13 +116,11 @@ def test_an_aborted_write_is_drained_when_what_was_begun_has_landed(scenes: Call
     scene = scenes()
     handle = scene.put("stays 1", "lands 2")
     eventually(lambda: scene.engine.begun == ["stays 1"])
-    write = scene.book.find(handle)
-    assert write is not None
-    scene.book.fail([write], "aborted")
-    assert scene.book.poll(handle) == Progress("failed", False, "aborted")
+    assert scene.book.abort(handle)
+    assert scene.book.poll(handle) == Progress("failed", False, "aborted by its user")
     eventually(lambda: scene.engine.given_up == ["stays 1"])
     scene.engine.landed_now.add("stays 1")
-    becomes(scene, handle, Progress("failed", True, "aborted"))
+    becomes(scene, handle, Progress("failed", True, "aborted by its user"))
     assert scene.engine.begun == ["stays 1"]  # the second part was never begun
     assert scene.woken == 2
 
@@ -175,11 +167,9 @@ def test_a_failed_part_in_flight_does_not_hold_up_the_next_write(scenes: Callabl
     scene = scenes()
     first, second = scene.put("stays 1"), scene.put("lands 2")
     eventually(lambda: scene.engine.begun == ["stays 1"])
-    write = scene.book.find(first)
-    assert write is not None
-    scene.book.fail([write], "aborted")
+    assert scene.book.abort(first)
     becomes(scene, second, DONE)
-    assert scene.book.poll(first) == Progress("failed", False, "aborted")
+    assert scene.book.poll(first) == Progress("failed", False, "aborted by its user")
 
 
 def test_a_retired_peer_fails_what_waits_and_watches_what_flies(scenes: Callable[..., Scene]) -> None:
@@ -222,8 +212,8 @@ def test_close_fails_what_is_pending_within_two_seconds_though_a_thread_is_held(
     began = time.monotonic()
     scene.book.close()
     assert time.monotonic() - began < 2
-    assert scene.book.poll(held) == Progress("failed", False, "the transport was closed")
-    assert scene.book.poll(queued) == Progress("failed", True, "the transport was closed")
+    assert scene.book.poll(held) == Progress("failed", False, "the transport is closed")
+    assert scene.book.poll(queued) == Progress("failed", True, "the transport is closed")
     assert scene.book.unsettled == 1
     assert scene.book.poll(scene.put("lands 3")) == Progress("failed", True, "the transport is closed")
 

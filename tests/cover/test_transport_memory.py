@@ -37,7 +37,7 @@ class Pair:
         self.peer = self.writer.connect(self.descriptor, "decode0", 1)
 
     def post(self, pages: list[int], attempt: int = 0) -> int:
-        """Source page i goes to the i-th of these pages, one range each, last first so that none merge."""
+        """Source page i goes to the i-th of these pages, one range each, last first."""
         source = np.arange(len(pages), dtype=np.int64)[::-1] * PAGE
         target = np.array(pages, np.int64)[::-1] * PAGE
         copies = Copies(source, target, np.full(len(pages), PAGE, np.int64))

@@ -6,12 +6,13 @@ import gc
 import os
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+from transport_stage import LIMIT_S, eventually
 
 from kvpoll.runtime.transports import descriptor as descriptors
 from kvpoll.runtime.transports import shm_wire as wire
@@ -23,14 +24,6 @@ from kvpoll.spec.vocabulary import Incarnation
 
 NBYTES = 1 << 16
 ROOM = Incarnation(1, 0, 1)
-LIMIT_S = 20.0
-
-
-def eventually(holds: Callable[[], object]) -> bool:
-    until_s = time.monotonic() + LIMIT_S
-    while not holds() and time.monotonic() < until_s:
-        time.sleep(0.005)
-    return bool(holds())
 
 
 def one(at: int, nbytes: int) -> Copies:
@@ -47,7 +40,7 @@ class Owner:
         )
         self.pool = allocate(NBYTES)
         self.descriptor = self.transport.register([self.pool])
-        self.fields = descriptors.decode("shm", wire.VERSION, self.descriptor)
+        self.body = descriptors.decode("shm", wire.VERSION, self.descriptor, wire.Descriptor, "decode0", 1)
         assert self.transport._doorkeeper is not None
         self.secret = self.transport._doorkeeper.secret
 
@@ -58,7 +51,7 @@ class Owner:
     def knock(self, message: bytes | None = None) -> socket.socket:
         raw = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         raw.settimeout(LIMIT_S)
-        raw.connect(self.fields["path"])
+        raw.connect(self.body.path)
         if message is not None:
             raw.send(message)
         return raw
@@ -261,8 +254,8 @@ def test_memory_and_options_that_cannot_be_used_are_named() -> None:
     made = ShmTransport("decode0", 1, lambda: None, lambda *life: None)
     for regions, words in (
         ([Region(0, 8, "cuda")], "cuda memory"),
-        ([], "0 regions"),
-        ([Region(0, 8, file=os.open(os.devnull, os.O_RDONLY))], "cannot be sealed"),
+        ([], "at least one"),
+        ([Region(4096, 8, file=os.open(os.devnull, os.O_RDONLY))], "cannot be sealed"),
     ):
         with pytest.raises(TransportError, match=words) as error:
             made.register(regions)
@@ -280,10 +273,10 @@ def test_a_newer_life_retires_the_older_peer_without_feigning_a_death(owner: Own
     assert write(made, owner, one(0, 8)).state == "done"
     older = made.connect(owner.descriptor, "decode0", 1)
     assert made.connect(owner.descriptor, "decode0", 1) is older
-    made.connect(descriptors.encode("shm", wire.VERSION, owner.fields | {"epoch": 2}), "decode0", 2)
+    made.connect(descriptors.encode("shm", wire.VERSION, msgspec.structs.replace(owner.body, epoch=2)), "decode0", 2)
     assert eventually(lambda: owner.transport._doorkeeper and not owner.transport._doorkeeper._visitors)
     progress = made.poll(made.post(older, one(0, 8), Tag(ROOM, 2)))
-    assert progress.drained and "replaced by epoch 2" in str(progress.reason)
+    assert progress.drained and "epoch 2 has come" in str(progress.reason)
     made.close()
     assert owner.deaths == []
 

@@ -6,13 +6,14 @@ import contextlib
 import socket
 import struct
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transport_stage import LIMIT_S, eventually
 
 from kvpoll.runtime.transports import descriptor as descriptors
 from kvpoll.runtime.transports import tcp_wire as wire
@@ -23,14 +24,6 @@ from kvpoll.spec.vocabulary import Incarnation
 
 NBYTES = 1 << 16
 ROOM = Incarnation(1, 0, 1)
-LIMIT_S = 20.0
-
-
-def eventually(holds: Callable[[], object]) -> bool:
-    until_s = time.monotonic() + LIMIT_S
-    while not holds() and time.monotonic() < until_s:
-        time.sleep(0.005)
-    return bool(holds())
 
 
 def transport(node: str, epoch: int = 1, **options: object) -> TcpTransport:
@@ -44,7 +37,7 @@ class Owner:
         self.transport = transport("decode0")
         self.pool = allocate(NBYTES)
         self.descriptor = self.transport.register([self.pool])
-        self.fields = descriptors.decode("tcp", wire.VERSION, self.descriptor)
+        self.body = descriptors.decode("tcp", wire.VERSION, self.descriptor, wire.Descriptor, "decode0", 1)
         assert self.transport._receiver is not None
         self.cookie = self.transport._receiver.cookie
 
@@ -54,7 +47,7 @@ class Owner:
 
     def knock(self) -> socket.socket:
         """A raw connection to its port."""
-        return socket.create_connection((self.fields["host"], self.fields["port"]), LIMIT_S)
+        return socket.create_connection((self.body.host, self.body.port), LIMIT_S)
 
     def greeted(self, lane: int = 0, epoch: int = 1) -> socket.socket:
         """A connection of a writer that has been welcomed."""
@@ -260,8 +253,7 @@ class SilentOwner:
         self.connections: list[socket.socket] = []
         self.descriptor = descriptors.encode(
             "tcp", wire.VERSION,
-            {"node": "decode0", "epoch": 1, "host": "127.0.0.1", "port": self.listener.getsockname()[1],
-             "cookie": "QUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUE=", "sizes": [NBYTES]},
+            wire.Descriptor("decode0", 1, "127.0.0.1", self.listener.getsockname()[1], b"A" * 32, [NBYTES]),
         )  # fmt: skip
         self.welcomes = threading.Semaphore(0)
         threading.Thread(target=self._run, daemon=True).start()
@@ -315,7 +307,7 @@ def test_silence_fails_a_write_and_proves_nothing_until_a_newer_connection_is_we
 
 def test_an_abort_fails_at_once_and_waits_for_the_owner_s_word(silent: SilentOwner) -> None:
     writer, handle = writer_to(silent)
-    assert eventually(lambda: writer._writes._writes[handle].begun)
+    assert eventually(lambda: writer.writes._writes[handle].holds)
     writer.abort(handle)
     assert writer.poll(handle) == Progress("failed", False, "aborted by its user")
     assert eventually(lambda: len(silent.connections[0].recv(NBYTES * 2, socket.MSG_PEEK)) > 0)
@@ -327,7 +319,7 @@ def test_an_abort_fails_at_once_and_waits_for_the_owner_s_word(silent: SilentOwn
 
 def test_the_end_of_the_connection_drains(silent: SilentOwner) -> None:
     writer, handle = writer_to(silent)
-    assert eventually(lambda: writer._writes._writes[handle].begun)
+    assert eventually(lambda: writer.writes._writes[handle].holds)
     silent.connections[0].close()
     assert eventually(lambda: writer.poll(handle).drained) and writer.poll(handle).state == "failed"
     writer.close()
@@ -335,7 +327,7 @@ def test_the_end_of_the_connection_drains(silent: SilentOwner) -> None:
 
 def test_an_answer_that_is_none_fails_without_proof(silent: SilentOwner) -> None:
     writer, handle = writer_to(silent)
-    assert eventually(lambda: writer._writes._writes[handle].begun)
+    assert eventually(lambda: writer.writes._writes[handle].holds)
     silent.connections[0].sendall(struct.pack("<4sIQ", b"HTTP", 1, handle))
     assert eventually(lambda: writer.poll(handle).state == "failed")
     assert not writer.poll(handle).drained and "no answer" in str(writer.poll(handle).reason)
@@ -344,7 +336,7 @@ def test_an_answer_that_is_none_fails_without_proof(silent: SilentOwner) -> None
 
 def test_close_does_not_wait_for_the_silent(silent: SilentOwner) -> None:
     writer, handle = writer_to(silent)
-    assert eventually(lambda: writer._writes._writes[handle].begun)
+    assert eventually(lambda: writer.writes._writes[handle].holds)
     writer.close()
     progress = writer.poll(handle)
     assert progress.state == "failed" and not progress.drained
@@ -381,7 +373,7 @@ def test_bad_options_are_named(options: dict[str, float]) -> None:
 
 
 def test_a_taken_port_and_a_strange_address_are_one_line(owner: Owner) -> None:
-    for options, words in (({"port": owner.fields["port"]}, "in use"), ({"host": "192.0.2.1"}, "cannot listen")):
+    for options, words in (({"port": owner.body.port}, "in use"), ({"host": "192.0.2.1"}, "cannot listen")):
         late = transport("decode1", **options)
         with pytest.raises(TransportError, match=words) as error:
             late.register([allocate(8)])
@@ -401,19 +393,19 @@ def test_memory_that_it_cannot_send_is_refused() -> None:
 def test_one_descriptor_is_one_peer_and_an_older_life_takes_no_writes(owner: Owner) -> None:
     writer = transport("prefill0")
     writer.register([allocate(NBYTES)])
-    newer = descriptors.encode("tcp", wire.VERSION, owner.fields | {"epoch": 2})
+    newer = descriptors.encode("tcp", wire.VERSION, msgspec.structs.replace(owner.body, epoch=2))
     peer = writer.connect(owner.descriptor, "decode0", 1)
     assert writer.connect(owner.descriptor, "decode0", 1) is peer
     writer.connect(newer, "decode0", 2)
     again = writer.connect(owner.descriptor, "decode0", 1)
     for retired in (peer, again):
         progress = writer.poll(writer.post(retired, one(0, 8), Tag(ROOM, 1)))
-        assert progress.state == "failed" and progress.drained and "replaced by epoch 2" in str(progress.reason)
+        assert progress.state == "failed" and progress.drained and "epoch 2 has come" in str(progress.reason)
     writer.close()
 
 
 def test_a_full_queue_fails_the_write_and_blocks_nobody(silent: SilentOwner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvpoll.runtime.transports.tcp_writer._QUEUE_MAX", 3)
+    monkeypatch.setattr("kvpoll.runtime.transports.writer_thread.QUEUE_MAX", 3)
     writer = transport("prefill0")
     writer.register([allocate(NBYTES)])
     peer = writer.connect(silent.descriptor, "decode0", 1)  # it is not welcomed, so nothing leaves the queue

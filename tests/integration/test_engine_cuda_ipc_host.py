@@ -134,7 +134,7 @@ def test_pages_that_are_released_on_drained_do_not_change(scene: Scene) -> None:
     scene.writer.signal(signal.SIGCONT)
     scene.writer.ask("abort", handle=handle)
     scene.copier.ask("gate", is_open=True)
-    assert scene.end(handle, drained=True) == {"state": "failed", "drained": True, "reason": "aborted"}
+    assert scene.end(handle, drained=True) == {"state": "failed", "drained": True, "reason": "aborted by its user"}
     scene.owner.ask("zero")
     time.sleep(0.3)
     assert scene.owner.ask("touched") == {"pages": 0}

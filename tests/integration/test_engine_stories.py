@@ -223,7 +223,7 @@ def test_what_is_drained_never_changes_again(stage: Stage, engine: str) -> None:
     handle = post(writer, LARGE)
     time.sleep(0.2)
     given_up = writer.ask("abort", handle=handle)
-    assert given_up == {"state": "failed", "drained": False, "reason": "aborted"}
+    assert given_up == {"state": "failed", "drained": False, "reason": "aborted by its user"}
     still = await_end(
         writer, handle, drained=True, limit_s=4.0 if engine == "mooncake" else 1.0
     )  # Mooncake gives up at 3 s
@@ -299,9 +299,9 @@ def test_an_abort_ends_a_write_between_its_parts_and_drains(stage: Stage, engine
     owner, writer = start_pair(stage, engine, LARGE)
     owner.signal(signal.SIGSTOP)
     first, *_, last = [post(writer, LARGE) for _ in range(4)]
-    assert writer.ask("abort", handle=last) == {"state": "failed", "drained": True, "reason": "aborted"}
+    assert writer.ask("abort", handle=last) == {"state": "failed", "drained": True, "reason": "aborted by its user"}
     given_up = writer.ask("abort", handle=first)
-    assert given_up == {"state": "failed", "drained": False, "reason": "aborted"}
+    assert given_up == {"state": "failed", "drained": False, "reason": "aborted by its user"}
     owner.signal(signal.SIGCONT)
     for handle in range(first, last):
         writer.ask("abort", handle=handle)

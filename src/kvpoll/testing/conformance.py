@@ -304,7 +304,12 @@ class TransportConformance:
 
     def test_a_descriptor_of_something_else_is_refused(self) -> None:
         with self.stage() as stage:
-            for foreign in (b"", b"{}", b"\0" * 64, descriptors.encode("carrier-pigeon", 1, {"node": OWNER})):
+            for foreign in (
+                b"",
+                b"{}",
+                b"\0" * 64,
+                descriptors.encode("carrier-pigeon", 1, descriptors.Body(OWNER, 1)),
+            ):
                 message = stage.writer.refuses(foreign, OWNER, 1)
                 expect(message is not None, f"connect refuses the descriptor {foreign!r} with TransportError")
                 expect("\n" not in str(message), "an error is one line")
