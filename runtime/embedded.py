@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from kvpoll.runtime.settings import Settings
 
 Pair = tuple[int, int]
+EARLY_MAX: Final = 4096
+"""Messages for later attempts that a prefill rank keeps, over all rooms."""
+
 NOBODY: Final = Incarnation(0, 0, 0)
 
 
@@ -101,7 +104,10 @@ class Sender(SenderRank):
         self.real = engine.host
         self.pages = EnginePages(self.host, self.node, "kv", self.kv.size, self._freed)  # type: ignore[arg-type]
         self.kv = self.pages
+        self.server_answered: Callable[[int], None] = lambda epoch: None
         self.leaving = False
+        self._early: dict[int, list[tuple[Any, ...]]] = {}
+        self._early_count = 0
         self.aux_rows: dict[Pair, AuxRow] = {}
 
     def begin(self, pair: Pair, rid: str, engine: str) -> None:
@@ -111,6 +117,23 @@ class Sender(SenderRank):
         if self.open(entry) and entry.rejected is None:
             for destination in list(self.destinations.get(self.key(entry.incarnation), {}).values()):
                 self._check(entry.incarnation, destination)
+
+    def receive(self, message: str, incarnation: Incarnation, *arguments: Any) -> None:
+        """Decode may be quicker with the next attempt at a room than our engine is with clearing the last one. What
+        it says of that attempt is kept until the room is clear, as if it had been longer on its way: a room that is
+        not can only drop it, and both sides would wait for their timers.
+        """
+        room = self.rooms.get(incarnation.room)
+        if room is None or not self._is_early(room, incarnation):
+            super().receive(message, incarnation, *arguments)
+        elif self._early_count < EARLY_MAX:
+            self._early_count += 1
+            self._early.setdefault(incarnation.room, []).append((message, incarnation, *arguments))
+
+    def _is_early(self, room: Room, incarnation: Incarnation) -> bool:
+        own = room.incarnation
+        is_next = incarnation.epoch == own.epoch and incarnation.attempt > own.attempt
+        return self.strict and is_next and room.local.poll not in ("Retired", "Announced")
 
     def receive_metadata(self, incarnation: Incarnation, destination: Destination, required: int) -> None:
         super().receive_metadata(incarnation, destination, required)
@@ -189,6 +212,11 @@ class Sender(SenderRank):
         elif fact == "RegistrationAccepted":
             self.real.unregister(self.engine.name)
 
+    def _registered(self, status: int | str, body: Any) -> None:
+        if status == 200 and isinstance(body, int):
+            self.server_answered(body)
+        super()._registered(status, body)
+
     def refused(self, entry: SenderEntry) -> None:
         self.told(entry.request.pair, "poll", ("Failed", entry.rejected))
 
@@ -196,6 +224,10 @@ class Sender(SenderRank):
         self.told(room.incarnation.pair, "poll", (room.local.poll, self.real.why(room)))
         if room.local.poll == "Failed" and self.real.writes is not None:
             self.real.writes.abort(room.incarnation.pair)
+        elif room.local.poll in ("Retired", "Absent") and self._early:
+            for message in self._early.pop(room.incarnation.room, ()):
+                self._early_count -= 1
+                self.real.loop.soon(self.receive, *message)
 
     def _freed(self, pair: Pair, pages: tuple[int, ...]) -> None:
         self.aux_rows.pop(pair, None)

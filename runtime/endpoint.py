@@ -50,7 +50,7 @@ from kvpoll.runtime.metrics import EndpointMetrics, serve
 from kvpoll.runtime.pools.layout import Layout
 from kvpoll.runtime.pools.pool import KVPool
 from kvpoll.runtime.server_watch import ServerWatch
-from kvpoll.runtime.settings import Settings, check
+from kvpoll.runtime.settings import Settings, check, chosen_profile
 from kvpoll.runtime.trace_file import TraceFile
 from kvpoll.runtime.transfer import DecodeTransfer, Key, KVPoll, PrefillTransfer, Transfer, TransferError
 from kvpoll.runtime.transports import allocate, make
@@ -93,7 +93,7 @@ class Endpoint:
         check(settings, self.side)
         self.settings = settings
         self.protocol = load()
-        self.profile = self.protocol.profile(settings.profile).with_rules(settings.rules)
+        self.profile = chosen_profile(settings, self.protocol)
         self.epoch = settings.epoch if settings.epoch is not None else time.time_ns() // 1_000_000
         self.engine_name = self._engine_name()
         sizes = settings.sizes
@@ -225,6 +225,8 @@ class Endpoint:
             finally:
                 if transfer.poll() not in (KVPoll.Failed, KVPoll.Success):
                     transfer.move(KVPoll.Failed, "internal_error")
+                if transfer.pair not in self.rank.pages.held:  # what was claimed never came as far as the rank
+                    self._told(transfer.pair, "free", transfer.keys())
             raise
 
     def refuse_own_thread(self, what: str) -> None:
@@ -382,6 +384,8 @@ class Endpoint:
                 transfer.give_back(detail)
                 if transfer.poll() == KVPoll.Failed and detail and detail[0][0] == "page":
                     self.log("released", pair, rid=transfer.rid, pages=len(detail))
+        if transfer is not None and what == "over":
+            transfer.finish()
         if transfer is not None and transfer.forget():
             self.transfers.pop(pair, None)
 
@@ -453,7 +457,8 @@ class PrefillEndpoint(Endpoint):
         return rank
 
     def _watch_server(self, rank: Sender) -> None:
-        ServerWatch(self.host, self.engine_name, restarted=lambda: rank.register("ServerRestarted"))
+        watch = ServerWatch(self.host, self.engine_name, restarted=lambda: rank.register("ServerRestarted"))
+        rank.server_answered = watch.answered
 
     def admit(
         self,

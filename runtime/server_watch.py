@@ -41,6 +41,12 @@ class ServerWatch:
         else:
             self._step("ProbeMissed", None)
 
+    def answered(self, epoch: int) -> None:
+        """The server has answered something else (a registration), in this life. Without it, a server that lives
+        for less than an interval would go unnoticed, and its successor be taken for the one that knows this rank.
+        """
+        self._step("ProbeAnswered", epoch)
+
     def _step(self, fact: str, epoch: int | None) -> None:
         self.state, orders = self.host.machines.peer.step(self.state, fact, epoch)
         for order, _ in orders:

@@ -8,8 +8,8 @@ from typing import Any
 
 from kvpoll.runtime.pools.layout import Layout
 from kvpoll.runtime.pools.pool import KVPool
-from kvpoll.spec.protocol import Value
-from kvpoll.spec.source import BadInput
+from kvpoll.spec.protocol import Profile, Protocol, Rule, Value
+from kvpoll.spec.source import BadInput, nearest
 from kvpoll.statemachine.mapping import Sizes
 
 
@@ -103,3 +103,21 @@ def _name(settings: Settings, side: str) -> str | None:
         name = settings.name or settings.bootstrap
         return f"the name {name!r} has a slash, and ranks are named below their engine; give one without"
     return None
+
+
+def chosen_profile(settings: Settings, protocol: Protocol) -> Profile:
+    """The profile with the rules that were set otherwise. Raises BadInput for a name or value that there is not."""
+    for name, value in settings.rules.items():
+        if name not in protocol.rules:
+            raise BadInput(f"rules: unknown rule {name!r}{nearest(name, protocol.rules)}")
+        problem = _value(protocol.rules[name], value)
+        if problem is not None:
+            raise BadInput(f"rules: {problem}")
+    return protocol.profile(settings.profile).with_rules(settings.rules)
+
+
+def _value(rule: Rule, value: Value) -> str | None:
+    if rule.kind == "number":
+        is_number = type(value) in (int, float) and 0 <= float(value) < float("inf")
+        return None if is_number else f"{rule.name} is a number of {rule.unit} and not negative, got {value!r}"
+    return None if value in rule.values else f"{rule.name} has no value {value!r}{nearest(value, rule.values)}"

@@ -71,6 +71,7 @@ class Transfer:
         self._cause: str | None = None
         self._held: set[Key] = set()
         self._is_released = False
+        self._is_finished = False
         self._is_forgotten = False
         self._changed = threading.Condition()
         self._awaiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -93,6 +94,10 @@ class Transfer:
     def pages_free(self) -> bool:
         """May the pages (and on decode the aux row) be used again? True also before any were given."""
         return not self._held
+
+    def keys(self) -> list[Key]:
+        """What it holds."""
+        return list(self._held)
 
     def pages_held(self) -> int:
         """How many pages it holds."""
@@ -207,9 +212,13 @@ class Transfer:
         self._wake()
         self._call(self.on_poll, self, poll)
 
+    def finish(self) -> None:
+        """The rank has carried out its release. From the endpoint's thread."""
+        self._is_finished = True
+
     def forget(self) -> bool:
-        """It was released; True, from then on, when nothing is held any more."""
-        self._is_forgotten = self._is_released and not self._held
+        """Released, and nothing is held any more."""
+        self._is_forgotten = self._is_finished and not self._held
         return self._is_forgotten
 
     def _call(self, callback: Callable[..., None] | None, *arguments: Any) -> None:

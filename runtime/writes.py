@@ -61,6 +61,7 @@ class Writes:
         self._layouts: dict[bytes, Layout] = {}
         self._judged: dict[tuple[Any, ...], str | None] = {}
         self._starved: deque[tuple[Any, ...]] = deque()
+        self._given_up: set[int] = set()
         self._is_polling = False
 
     def __len__(self) -> int:
@@ -86,6 +87,7 @@ class Writes:
         """A request has failed: ask for the end of its writes. When they are quiet is heard as ever."""
         for handle, write in self._pending.items():
             if write.destination.incarnation.pair == pair:
+                self._given_up.add(handle)
                 self.transport.abort(handle)
 
     def post(
@@ -174,6 +176,7 @@ class Writes:
 
     def _completed(self, handle: int, write: _Write) -> None:
         host, destination = self.host, write.destination
+        self._given_up.discard(handle)
         self.transport.forget(handle)
         self.bytes_done += write.nbytes
         self._free(write.row)
@@ -183,7 +186,8 @@ class Writes:
 
     def _failed(self, handle: int, write: _Write, reason: str | None, drained: bool) -> None:
         self.failed += 1
-        _log.warning("%s: write %d to %s failed: %s", self.host.node, write.serial, write.destination.node, reason)
+        level = logging.DEBUG if handle in self._given_up else logging.WARNING
+        _log.log(level, "%s: write %d to %s failed: %s", self.host.node, write.serial, write.destination.node, reason)
         self._unsettled[handle] = write
         if reason is not None:
             self.host.note(write.destination.incarnation.pair, reason, self.host.reasons)
@@ -193,6 +197,7 @@ class Writes:
 
     def _drained(self, handle: int, write: _Write) -> None:
         del self._unsettled[handle]
+        self._given_up.discard(handle)
         self.transport.forget(handle)
         self._free(write.row)
         self._settle(write.serial, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -77,6 +78,14 @@ class Stage:
         self.decode.close()
         self.server.close()
 
+    def one_range(self) -> None:
+        """The write that is under way places one range, and is then paused: nobody can say that it is quiet."""
+        done = threading.Event()
+        assert self.fabric is not None
+        fabric = self.fabric
+        self.prefill.do(lambda: (fabric.step(), done.set()))
+        assert done.wait(LIMIT_S) and fabric.under_way
+
     # -- stories in one line
 
     def admit(self, room: int | None = None, attempt: int = 0, **decode: Any) -> tuple[PrefillTransfer, DecodeTransfer]:
@@ -84,7 +93,9 @@ class Stage:
         number = next(self.rooms) if room is None else room
         return self.prefill.admit(number, attempt), self.decode.admit(number, self.address, attempt, **decode)
 
-    def ready(self, pages: tuple[int, ...] = (0, 1), row: int = 0, **given: Any) -> tuple[PrefillTransfer, DecodeTransfer]:
+    def ready(
+        self, pages: tuple[int, ...] = (0, 1), row: int = 0, **given: Any
+    ) -> tuple[PrefillTransfer, DecodeTransfer]:
         """A request whose decode has published and whose prefill may send."""
         source, target = self.admit(**given)
         assert target.wait(KVPoll.WaitingForInput, timeout_s=LIMIT_S) == KVPoll.WaitingForInput, target.failure

@@ -13,6 +13,7 @@ from endpoint_stage import LIMIT_S, SOON, Stage, fill, over, same_bytes, until
 from kvpoll.runtime import DecodeEndpoint, KVPoll, PrefillTransfer, Settings, TransferError
 from kvpoll.runtime.control import messages as wire
 from kvpoll.spec.source import BadInput
+from kvpoll.spec.trace import Stepped
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,13 @@ def test_a_request_from_admission_to_release(stage: Stage) -> None:
     assert same_bytes(stage, (7, 8, 9), (21, 20, 22))
     said = target.aux()
     assert said is not None
-    assert (said.pair, said.first_token, said.prompt_tokens, said.cached_tokens, said.pages) == ((70, 0), 1234, 11, 2, 3)
+    assert (said.pair, said.first_token, said.prompt_tokens, said.cached_tokens, said.pages) == (
+        (70, 0),
+        1234,
+        11,
+        2,
+        3,
+    )
     assert source.wait_pages_free(LIMIT_S), "prefill's pages are free with Success"
     target.commit()
     target.commit()
@@ -132,6 +139,26 @@ def test_rooms_and_attempts(stage: Stage) -> None:
     over(late)
 
 
+def test_decode_is_quicker_with_the_next_attempt_than_prefill_with_clearing_the_last(stage: Stage) -> None:
+    """Prefill's engine has not released attempt 0 when decode publishes attempt 1: that is kept, not dropped."""
+    source, target = stage.ready(room=96)
+    source.send([0, 1], last=True)
+    assert target.wait(timeout_s=LIMIT_S) == source.wait(timeout_s=LIMIT_S) == KVPoll.Success
+    over(target)
+    gone = stage.decode.admit(96, stage.address, attempt=1)
+    assert gone.wait(KVPoll.WaitingForInput, timeout_s=LIMIT_S) == KVPoll.WaitingForInput
+    gone.publish([2], 1)
+    heir = stage.decode.admit(97, stage.address)
+    until(lambda: stage.prefill.sender._early_count == 1, "prefill having heard of attempt 1")
+    over(source)
+    again = stage.prefill.admit(96, attempt=1)
+    assert again.wait(KVPoll.WaitingForInput, timeout_s=LIMIT_S) == KVPoll.WaitingForInput
+    again.send([2], last=True)
+    assert gone.wait(timeout_s=LIMIT_S) == KVPoll.Success
+    over(again, gone, heir)
+    assert stage.prefill.sender._early_count == 0
+
+
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 @pytest.mark.parametrize("moment", ["Bootstrapping", "WaitingForInput", "Transferring", "Success"])
 def test_an_abort_at_every_poll_reaches_the_other_side_with_its_cause(stage: Stage, side: str, moment: str) -> None:
@@ -186,9 +213,35 @@ def test_the_first_cause_stays(stage: Stage) -> None:
     assert (source.failure, target.failure) == ("first", "failed_by_prefill: first")
 
 
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_failure_reaches_the_peer_by_message_before_any_timer(side: str) -> None:
+    """Told as an order of events: what fails the peer's room is the news, and no deadline has rung anywhere."""
+    with Stage() as stage:
+        steps: list[tuple[str, str, str]] = []
+
+        def note(event: Any) -> None:
+            if isinstance(event, Stepped) and event.poll_after == "Failed" != event.poll_before:
+                steps.append((event.role, event.fact, event.cause or ""))
+
+        source, target = stage.ready()
+        stage.prefill.host.emitted.append(note)
+        stage.decode.host.emitted.append(note)
+        (source if side == "prefill" else target).abort("no more")
+        assert source.wait(timeout_s=LIMIT_S) == target.wait(timeout_s=LIMIT_S) == KVPoll.Failed
+        assert sorted(steps) == sorted(
+            [("sender", "AbortRequested", "no more"), ("receiver", "StatusReceived", "failed_by_prefill")]
+            if side == "prefill"
+            else [("receiver", "AbortRequested", "no more"), ("sender", "PeerAborted", "aborted_by_decode")]
+        )
+        over(source, target)
+
+
 def test_prefill_must_have_as_many_pages_as_decode_published(stage: Stage) -> None:
     """Else decode would succeed with pages that nobody filled."""
-    for sent, last, says in (([0], True, "prefill has 1 pages, decode published 2"), ([0, 1, 2], False, "3 pages or more")):
+    for sent, last, says in (
+        ([0], True, "prefill has 1 pages, decode published 2"),
+        ([0, 1, 2], False, "3 pages or more"),
+    ):
         source, target = stage.ready()
         source.send(sent, last)
         assert target.wait(timeout_s=LIMIT_S) == source.wait(timeout_s=LIMIT_S) == KVPoll.Failed
@@ -331,8 +384,6 @@ def test_a_defect_in_one_request_fails_that_request_only(stage: Stage, monkeypat
     assert stage.prefill.health()["ok"], "requests still finish here"
     monkeypatch.undo()
     stage.prefill.host.loop.failed.clear()
-    source.endpoint._claims.clear()  # what the defect did not get to take
-    source._held.clear()
     over(source, target)
     stage.served()
 
@@ -349,7 +400,12 @@ def test_strange_messages_change_nothing(stage: Stage) -> None:
         for number in range(50):
             host.tell(node, wire.Status(Incarnation(number, 0, 1), 0, "Success", None), "Status", Incarnation(0, 0, 0))
             host.tell(node, wire.AbortAck(Incarnation(number, 3, 1), 0), "AbortAck", Incarnation(0, 0, 0))
-            host.tell(node, wire.Abort(Incarnation(9000 + number, 0, 1), 0, Incarnation(1, 1, 1)), "Abort", Incarnation(0, 0, 0))
+            host.tell(
+                node,
+                wire.Abort(Incarnation(9000 + number, 0, 1), 0, Incarnation(1, 1, 1)),
+                "Abort",
+                Incarnation(0, 0, 0),
+            )
         host.plane._channels[host.directory[node].endpoint].socket.send(b"\x00garbage")
 
     stage.decode.do(tell)
@@ -383,7 +439,9 @@ def test_the_deadline_that_was_asked_for_ends_a_request() -> None:
 def test_another_name_for_the_same_server(stage: Stage) -> None:
     """Prefill knows its bootstrap server as 127.0.0.1, decode as localhost: they find each other all the same."""
     address = stage.address.replace("127.0.0.1", "localhost")
-    with DecodeEndpoint(Settings(stage.decode.settings.layout, transport="memory", options={"fabric": stage.fabric})) as decode:
+    with DecodeEndpoint(
+        Settings(stage.decode.settings.layout, transport="memory", options={"fabric": stage.fabric})
+    ) as decode:
         source, target = stage.prefill.admit(500), decode.admit(500, address)
         assert target.wait(KVPoll.WaitingForInput, timeout_s=LIMIT_S) == KVPoll.WaitingForInput, target.failure
         target.publish([5], 0)
