@@ -159,6 +159,10 @@ class Play:
         self.launcher.run_until(self.launcher.now + seconds)
         self.listen()
 
+    def hurry(self) -> None:
+        """Nobody can be late for anything any more: from here on time runs at QUIET_SPEED."""
+        self.launcher.change_speed(max(self.launcher.loop.speed, QUIET_SPEED))
+
     def listen(self) -> None:
         """Take what the processes have recorded since the last look."""
         for path in self.launcher.traces:
@@ -357,7 +361,7 @@ class Play:
     def verdict(self) -> Verdict:
         """Quiet, a survey, the end of all processes, and the judgement of what they have recorded."""
         launcher = self.launcher
-        launcher.change_speed(max(launcher.loop.speed, QUIET_SPEED))
+        self.hurry()
         self.past(QUIET_S)
         launcher.survey()
         ended_s = launcher.now
