@@ -230,9 +230,18 @@ class Host:
                 envelope = replace(envelope, node=self._known_as[envelope.node])
             known = self.directory.get(envelope.node)
             if known is None or envelope.epoch >= known.epoch:
-                self.directory[envelope.node] = Address(envelope.endpoint, envelope.epoch)
+                self._moved(envelope.node, Address(envelope.endpoint, envelope.epoch))
             self._heartbeats.heard(envelope.node, envelope.epoch)
             self._dispatch(envelope, message)
+
+    def _moved(self, node: str, address: Address) -> None:
+        """A node listens here now. Nobody listens any more where its former life did: that channel is closed at once,
+        and does not wait for the day on which idle ones are.
+        """
+        known = self.directory.get(node)
+        if known is not None and known.endpoint != address.endpoint and known.epoch < address.epoch:
+            self.plane.retire(known.endpoint)
+        self.directory[node] = address
 
     def _dispatch(self, envelope: Envelope, message: Any) -> None:
         handler = self.mail.get(type(message))
@@ -413,7 +422,7 @@ class Host:
         elif status == 200 and route == "GET /route":
             self._introduce(detail, body.rank_name)
             epoch = body.process_epoch or 0
-            self.directory[detail] = Address(f"tcp://{body.rank_ip}:{body.rank_port}", epoch)
+            self._moved(detail, Address(f"tcp://{body.rank_ip}:{body.rank_port}", epoch))
             self.watch(detail, body.process_epoch)
             body = {detail: epoch}
         answered(status, body)
