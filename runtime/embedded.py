@@ -28,6 +28,9 @@ Pair = tuple[int, int]
 EARLY_MAX: Final = 4096
 """Messages for later attempts that a prefill rank keeps, over all rooms."""
 
+FENCE_AFTER_S: Final = 0.1
+"""So long a writer may take to acknowledge an abort by itself, so that it hears why before its bytes are refused."""
+
 NOBODY: Final = Incarnation(0, 0, 0)
 
 
@@ -343,14 +346,17 @@ class Receiver(ReceiverRank):
             cause = f"{cause}: {self.real.misfits.get(entry.engine)}"
         self.told(pair, "poll", (room.local.poll, cause))
         if room.local.poll == "Failed" and room.local.lease == "Draining":
-            self.real.loop.soon(self._revoke, room.incarnation)
+            writes = self.real.writes
+            if writes is not None and not writes.transport.caps.one_sided:
+                self.real.after(FENCE_AFTER_S, self._fence, room.incarnation)
 
-    def _revoke(self, own: Incarnation) -> None:
-        """Pages of a failed request are still exposed. Where this process itself places what comes (tcp), it can
-        refuse, and that is the proof that all writers are quiet; elsewhere they are asked to stop, at most.
+    def _fence(self, own: Incarnation) -> None:
+        """Pages of a failed request are still exposed, and this process itself places what comes (tcp): it refuses it
+        from now on, and that is the proof that all writers are quiet.
         """
-        writes = self.real.writes
-        if writes is not None and writes.transport.revoke(own):
+        room, writes = self.rooms.get(own.room), self.real.writes
+        is_exposed = room is not None and room.incarnation == own and room.local.lease in ("Draining", "Quarantined")
+        if is_exposed and writes is not None and writes.transport.revoke(own):
             for peer in self.peers.get(self.key(own), ()):
                 self.receive_ack(own, peer.bit)
 
