@@ -182,6 +182,16 @@ def test_on_a_terminal_a_pid_can_be_read_and_killed_and_its_rank_is_back() -> No
     assert "under load" in text and "quiet, time runs faster" in text
 
 
+def test_a_race_is_reproduced_for_real_beside_its_simulation(capsys: pytest.CaptureFixture[str]) -> None:
+    """sglang#27028: later pipeline stages kept aborted requests for ever; so do real processes under those rules."""
+    words = ["reproduce", "sglang-26912", "--profile", "before-sglang-27028", "--real", "--speed", "60"]
+    assert main(words) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["race", "profile", "simulated", "for", "real", "expected", "seed", "line"]
+    assert out[1].split()[:9] == ["sglang#26912", "before-sglang-27028", *["O1", "R1", "S7"] * 2, "yes"]
+    assert out[-2:] == ["all 1 row exactly as expected", f"kvpoll {' '.join(words[:4])} --real --speed 60 --seed 0"]
+
+
 def test_a_scenario_is_staged_for_real_with_the_verdict_of_the_simulator(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,7 +91,7 @@ def staged(prepared: Prepared, arguments: argparse.Namespace) -> Staging:
     base, rules = origin_of(prepared)
     staging = Staging(
         prepared.protocol, scenario, prepared.profile, seed, prepared.plan.line(seed, *more), speed, transport,
-        folder=_folder(arguments.out), spec=prepared.plan.spec, rules=rules, base=base,
+        folder=_folder(getattr(arguments, "out", None)), spec=prepared.plan.spec, rules=rules, base=base,
     )  # fmt: skip
     staging.check()
     return staging

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvpoll.commands import real
 from kvpoll.commands.options import Verbs, add_profile, add_seed, add_spec, add_verb, open_to_write
 from kvpoll.commands.plan import Plan, Prepared, prepare, read_spec
 from kvpoll.commands.screen import Advance, Screen, plural, seconds
@@ -44,6 +45,7 @@ def add(verbs: Verbs) -> None:
     add_profile(parser, None, "only rows of this profile")
     add_seed(parser)
     parser.add_argument("--trace-dir", metavar="DIR", help="write the trace of every run into this folder")
+    real.add_arguments(parser)
     add_spec(parser)
 
 
@@ -51,6 +53,9 @@ def act(arguments: argparse.Namespace, screen: Screen) -> int:
     """Run, print the table, and say whether all is as expected."""
     folder = None if arguments.trace_dir is None else Path(arguments.trace_dir)
     chosen = choose(arguments.names, arguments.profile, arguments.spec)
+    if arguments.real:
+        return act_real(chosen, folder, arguments, screen)
+    real.check_alone(arguments)
     with screen.progress("reproducing") as advance:
         rows = play(chosen, arguments.seed, folder, advance)
     line = _line(arguments)
@@ -123,6 +128,63 @@ def _file_name(prepared: Prepared, seed: int) -> str:
     return f"{prepared.scenario.name}.{label}.seed{seed}.jsonl"
 
 
+# ---------------------------------------------------------------------------------------------- for real
+
+
+def act_real(chosen: Sequence[Prepared], folder: Path | None, arguments: argparse.Namespace, screen: Screen) -> int:
+    """Simulate each row and stage it on real processes; one table, both verdicts side by side."""
+    stageable = []
+    for prepared in chosen:
+        try:
+            stageable.append((prepared, real.staged(prepared, arguments)))
+        except BadInput:
+            if arguments.names:
+                raise
+    rows: list[Row] = []
+    simulated: list[Outcome] = []
+    with screen.progress("reproducing for real") as advance:
+        for number, (prepared, staging) in enumerate(stageable):
+            assert prepared.expectation is not None
+            advance(number, len(stageable))
+            simulated.append(_one(prepared, arguments.seed, None))
+            with contextlib.ExitStack() as stack:
+                if folder is not None:
+                    name = _file_name(prepared, arguments.seed)
+                    staging.trace = stack.enter_context(open_to_write(folder / name))
+                rows.append(Row(prepared.scenario.race or prepared.scenario.name, prepared.expectation, staging()))
+            if rows[-1].outcome.interrupted:
+                break
+    line = _line(arguments)
+    if arguments.json:
+        told = [
+            {**as_row(row), "simulated": sorted(before.violations)} for row, before in zip(rows, simulated, strict=True)
+        ]
+        screen.json({"rows": told, "repeat": line})
+    else:
+        _show_real(rows, simulated, screen)
+        screen.say(line)
+    return status(rows)
+
+
+def _show_real(rows: Sequence[Row], simulated: Sequence[Outcome], screen: Screen) -> None:
+    columns = ["race", "profile", "simulated", "for real", "expected", "seed line"]
+    cells = [
+        [row.race, row.said.label, _broken(before), _broken(row.outcome), _is_expected(row), row.outcome.line]
+        for row, before in zip(rows, simulated, strict=True)
+    ]
+    screen.table(columns, cells, line="seed line")
+    screen.say()
+    _show_surprises(rows, screen)
+
+
+def _is_expected(row: Row) -> str:
+    return "NO" if row.deviations else "yes"
+
+
+def _broken(outcome: Outcome) -> str:
+    return " ".join(sorted(outcome.violations)) or "holds"
+
+
 # ---------------------------------------------------------------------------------------------- what to show
 
 
@@ -131,6 +193,10 @@ def show(rows: Sequence[Row], screen: Screen) -> None:
     columns = ["race", "profile", "verdict", "invariants", "first at", "expected", "seed line"]
     screen.table(columns, [_cells(row) for row in rows], right=["first at"], line="seed line")
     screen.say()
+    _show_surprises(rows, screen)
+
+
+def _show_surprises(rows: Sequence[Row], screen: Screen) -> None:
     surprises = [row for row in rows if row.deviations]
     for row in surprises:
         screen.prose(f"{row.outcome.scenario} under {row.said.label}: {'; '.join(row.deviations)}")
@@ -152,7 +218,7 @@ def _cells(row: Row) -> list[str]:
         "holds" if outcome.holds else "breaks",
         names.strip() or "-",
         seconds(first_violation_s(outcome)),
-        "NO" if row.deviations else "yes",
+        _is_expected(row),
         outcome.line,
     ]
 
@@ -167,4 +233,9 @@ def _line(arguments: argparse.Namespace) -> str:
     for option in ("profile", "spec"):
         if getattr(arguments, option) is not None:
             words += [f"--{option}", getattr(arguments, option)]
+    words += ["--real"] * arguments.real
+    for option in real.ALONE:
+        value = getattr(arguments, option)
+        if value is not None:
+            words += [f"--{option}", f"{value:g}" if isinstance(value, float) else value]
     return shlex.join([*words, "--seed", str(arguments.seed)])
