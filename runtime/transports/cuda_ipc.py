@@ -13,7 +13,6 @@ reported an error is not known. Each process watches the other through a pidfd: 
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import itertools
 import secrets
@@ -26,6 +25,7 @@ from kvpoll.runtime.transports.copy_plan import Plan
 from kvpoll.runtime.transports.cuda_ipc_channel import (
     Cancel,
     Channel,
+    Closed,
     Ended,
     Hello,
     Listener,
@@ -113,7 +113,8 @@ class CudaIpcTransport(EngineTransport):
         self._listener: Listener | None = None
         self._puller: Puller | None = None
         self._writers: dict[Channel, tuple[str, int]] = {}
-        self._channels: list[Channel] = []
+        self._channels: dict[Channel, bool] = {}
+        """All that are open, and whether an owner is at the other end."""
         self._channels_lock = threading.Lock()
 
     # --- memory and peers ---------------------------------------------------------------------------
@@ -153,10 +154,17 @@ class CudaIpcTransport(EngineTransport):
         pulled = self.direction == "pull"
         return Hello(self.node, self.epoch, body.cookie, self._exports if pulled else [], self.space.sizes.tolist())
 
-    def opened(self, channel: Channel) -> None:
+    def opened(self, channel: Channel, to_owner: bool) -> None:
         """Remember a channel, so that ``close`` ends it."""
         with self._channels_lock:
-            self._channels.append(channel)
+            self._channels[channel] = to_owner
+
+    def leave(self, channel: Channel) -> None:
+        """Nothing is under way to this owner any more. When the transport closes, it takes its leave of all itself."""
+        if not self._closed:
+            channel.close()
+            with self._channels_lock:
+                self._channels.pop(channel, None)
 
     # --- as owner -----------------------------------------------------------------------------------
 
@@ -173,7 +181,7 @@ class CudaIpcTransport(EngineTransport):
 
     def _connected(self, connection: socket.socket) -> None:
         channel = Channel(connection, self._heard, self._lost, self._died)
-        self.opened(channel)
+        self.opened(channel, to_owner=False)
         channel.start()
 
     def _heard(self, channel: Channel, message: Message) -> None:
@@ -184,6 +192,9 @@ class CudaIpcTransport(EngineTransport):
             with self._channels_lock:
                 self._writers[channel] = (message.node, message.epoch)
             channel.send(Welcome())
+        elif isinstance(message, Closed) and channel.peer is not None:
+            channel.peer = None  # a stranger from now on: what it might still order is not taken
+            self._died(channel)
         elif channel.peer is None or self._puller is None:
             raise ValueError("a message that was not asked for")
         elif isinstance(message, Order):
@@ -195,8 +206,8 @@ class CudaIpcTransport(EngineTransport):
         """A closed socket proves nothing: a writer's process is watched further, a stranger's is none of ours."""
         if channel.peer is None:
             channel.close()
-            with self._channels_lock, contextlib.suppress(ValueError):
-                self._channels.remove(channel)
+            with self._channels_lock:
+                self._channels.pop(channel, None)
 
     def _died(self, channel: Channel) -> None:
         if self._puller is not None:
@@ -205,7 +216,7 @@ class CudaIpcTransport(EngineTransport):
             self._writer_gone(channel)
 
     def _writer_gone(self, channel: Channel) -> None:
-        """That process is over, and nothing that it began or ordered moves."""
+        """That life is over, by its end or by its own word, and nothing that it began or ordered moves."""
         with self._channels_lock:
             life = self._writers.pop(channel, None)
             if life is None or life in self._writers.values():
@@ -232,8 +243,12 @@ class CudaIpcTransport(EngineTransport):
             _STILL_PULLING.append(self)
         super().close()
         with self._channels_lock:
-            channels, self._channels = self._channels, []
-        for channel in channels:
+            channels, self._channels = self._channels, {}
+        # What this process itself still copies into an owner's memory would make the word of its end a lie.
+        may_say_so = self.direction == "pull" or not self.writes.unsettled
+        for channel, to_owner in channels.items():
+            if to_owner and may_say_so:
+                channel.send(Closed())
             channel.close()
         for channel in channels:
             channel.join(CHANNEL_CLOSING_S)
@@ -259,7 +274,7 @@ class _ToOwner:
         except OSError as error:
             raise Refused(f"{self.peer.node} is not there: {error.strerror or error}") from None
         self.channel = Channel(connection, self._heard, self._lost, self._died)
-        self.transport.opened(self.channel)
+        self.transport.opened(self.channel, to_owner=True)
         self.channel.start()
         self.channel.send(self.transport.hello(self.body))
         if not self._welcome.wait(DIAL_S) or self.channel.lost:
@@ -268,7 +283,7 @@ class _ToOwner:
     def close(self) -> None:
         """Nothing is under way."""
         if self.channel is not None:
-            self.channel.close()
+            self.transport.leave(self.channel)
 
     def _heard(self, channel: Channel, message: Message) -> None:
         del channel

@@ -77,7 +77,11 @@ class Revoked(msgspec.Struct, tag=True):
     room: tuple[int, int, int]
 
 
-Message = Hello | Welcome | Order | Cancel | Ended | Revoked
+class Closed(msgspec.Struct, tag=True):
+    """Writer to owner, last: it has closed, and nothing that it began itself moves any more."""
+
+
+Message = Hello | Welcome | Order | Cancel | Ended | Revoked | Closed
 
 
 class Channel:

@@ -90,8 +90,9 @@ class Caps(NamedTuple):
     one_sided: the writer itself puts the bytes into the owner's memory, so only its word or its proven death tells
     that it is quiet. Else the owner's process places them, and can refuse at once (``revoke`` returns True).
     cancel: what ``abort`` achieves: "none"; "best_effort", it ends soon; "fenced", no byte after it returns.
-    proves_death: ``on_death`` reports a writer's end as the operating system saw it. copies_max: how many ranges one
-    post may hold, None for any number; the transport cuts longer posts itself. memory: kinds of region it takes.
+    proves_death: ``on_death`` reports a writer's end as the operating system saw it, and its ``close``. copies_max:
+    how many ranges one post may hold, None for any number; the transport cuts longer posts itself. memory: kinds of
+    region it takes.
     """
 
     one_sided: bool
@@ -103,7 +104,12 @@ class Caps(NamedTuple):
 
 Wake = Callable[[], None]
 Death = Callable[[str, int], None]
-"""``on_death(node, epoch)``: that life of that process is over, and with it every write that it had posted."""
+"""``on_death(node, epoch)``: that life of that node is over, and with it every write that it had posted.
+
+Called once for a writer that this owner has admitted, when its process has ended or its transport was closed; either
+way nothing of it will be placed any more. A writer that closes while it cannot prove that is reported when its process
+ends. A writer that has only turned to a newer life of this owner is not over.
+"""
 
 
 class Transport(Protocol):
@@ -131,7 +137,11 @@ class Transport(Protocol):
         ...
 
     def post(self, peer: Any, copies: Copies, tag: Tag) -> int:
-        """Start a write and return its handle. Copies of length 0 are done at once. Never raises for a dead peer."""
+        """Start a write and return its handle. Copies of length 0 are done at once.
+
+        Never raises for a dead peer or a bad range: a write with a range outside the registered regions of either side,
+        across the border of two of them, or of no bytes, is a write that has failed and drained, with nothing placed.
+        """
         ...
 
     def poll(self, handle: int) -> Progress:
@@ -153,5 +163,8 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """End all threads, sockets and mappings, within two seconds. Writes that are pending fail."""
+        """End all threads, sockets and mappings, within two seconds. Writes that are pending fail.
+
+        Owners that were written to learn of it by their ``on_death``, if the transport proves death at all.
+        """
         ...

@@ -182,6 +182,14 @@ class StaysPending(MemoryTransport):
         self.fabric.leave(self)
 
 
+class ClosesUnseen(MemoryTransport):
+    """Its end is kept from the owners that it has written to."""
+
+    def close(self) -> None:
+        self.connected.clear()
+        super().close()
+
+
 LIARS = [
     (DrainedTooSoon, "test_an_aborted_write_drains_and_is_quiet", "no byte changes after"),
     (DoneTooSoon, "test_pages_arrive_byte_by_byte_and_nothing_else_changes", "wrong or missing"),
@@ -196,6 +204,7 @@ LIARS = [
     (Forgiving, "test_the_end_of_one_attempt_says_nothing_of_another", "stays failed"),
     (NeverDrains, "test_an_aborted_write_drains_and_is_quiet", "drains while both sides live"),
     (AnyDescriptor, "test_a_descriptor_of_something_else_is_refused", "TransportError"),
+    (ClosesUnseen, "test_a_closed_writer_is_reported_as_over", "names the life of a writer that closed"),
     (StaysPending, "test_close_while_a_write_is_under_way", "close ends what is pending"),
 ]
 

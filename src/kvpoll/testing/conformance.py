@@ -416,6 +416,17 @@ class TransportConformance:
             stage.expect_quiet("the operating system has seen the writer's end")
             expect(stage.owner.deaths() == deaths, f"on_death is called once: {stage.owner.deaths()}")
 
+    def test_a_closed_writer_is_reported_as_over(self) -> None:
+        with self.stage() as stage:
+            if not stage.caps.proves_death:
+                skip("this transport does not claim to prove a writer's death")
+            stage.expect_delivery(self.scattered(stage.nbytes, 0.5))
+            expect(not stage.owner.deaths(), "nobody is over yet")
+            stage.writer.close()
+            deaths = stage.owner.await_death(self.limit_s)
+            expect(deaths == [(WRITER, 1)], f"on_death names the life of a writer that closed: {deaths}")
+            stage.expect_quiet("a writer has closed, and its life is reported as over")
+
     def test_a_stopped_owner_blocks_nobody(self) -> None:
         self._needs_processes()
         with self.stage(slow=True) as stage:
