@@ -249,14 +249,24 @@ class Play:
         self.until(lambda: process_state(self.pid(node)) == "T", f"{node} standing still")
         self.listen()  # what it said before it stood still
 
-    def bring(self, node: str, poll: str) -> Request:
-        """A request that has reached this poll on this rank, which stands still there."""
+    def bring(self, node: str, poll: str, tokens: int = 512) -> Request:
+        """A request that has reached this poll on this rank, which stands still there.
+
+        A prefill rank that is slower than decode finds its destinations there when it opens a room, and passes over
+        Bootstrapping; so decode waits for it.
+        """
+        is_prefill = node.startswith("P")
+        waits = is_prefill and poll == "Bootstrapping"
+        if waits:
+            self.pause("D0")
         self.halt_at(node, Stepped, poll_after=poll)
-        request = self.submit()
+        request = self.submit(tokens)
         if poll == "Failed":
-            side = "prefill" if node == "P0" else "decode"
+            side = "prefill" if is_prefill else "decode"
             self.launcher.router.cancel(request, side, f"{side}_abort")
         self.halted(node)
+        if waits:
+            self.go_on("D0")
         assert self.poll_of(node, request) == poll
         return request
 

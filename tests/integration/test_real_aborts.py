@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from real_cluster import MOMENTS, Play
 
-from kvpoll.spec.trace import Marked, Resulted, Stepped
+from kvpoll.spec.trace import Marked, Resulted
 from kvpoll.statemachine.mapping import Sizes
 from kvpoll.statemachine.ranks.engine import EngineShape
 from kvpoll.statemachine.ranks.host import Request
@@ -78,10 +78,7 @@ def test_one_pipeline_stage_gives_up_a_request(poll: str, tmp_path: Path) -> Non
             play.registered(stage)
         play.served()
         for stage in stages:
-            play.halt_at(stage, Stepped, poll_after=poll)
-            request = play.submit(2048)
-            play.halted(stage)
-            assert play.poll_of(stage, request) == poll
+            request = play.bring(stage, poll, tokens=2048)
             play.engine("P0").ranks[stage].abort_room(request.pair, "stage_abort")
             play.go_on(stage)
             assert play.answered(request).ok is False
