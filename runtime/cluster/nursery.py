@@ -193,6 +193,7 @@ if __name__ == "__main__":
     die_with_parent()
     from kvpoll.runtime.cluster.rank_process import RankProcess
     from kvpoll.runtime.cluster.server_process import ServerProcess
+    from kvpoll.runtime.transports import shm, tcp  # noqa: F401  the usual ones; a child imports any other itself
 
     _serve(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)
