@@ -134,7 +134,7 @@ def _announcement(staging: Staging) -> str:
     timing = staging.scenario.timing
     lasts_s = (timing.hostile_s + timing.grace_s + timing.probes * PROBE_GAP_S + timing.quiet_s) / staging.speed
     told = f"for real: {processes}, a process each, over {staging.transport}; time runs {staging.speed:g} times as fast"
-    return f"{told}, so this takes about {lasts_s:,.0f} s"
+    return f"{told}, so this takes up to {lasts_s:,.0f} s"
 
 
 def _real(staging: Staging) -> dict[str, Any]:
