@@ -22,7 +22,7 @@ RUN := $(VENV_PYTHON) -P -m
 # mypy puts the folder that it starts in on its path, for the same reason it starts in src/.
 TYPES := cd src && ../$(RUN) mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p kvpoll
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench soak clean
 
 help:
 	@echo 'make demo     install what the demonstration needs and run it'
@@ -30,6 +30,7 @@ help:
 	@echo 'make lint     ruff check, ruff format --check, mypy --strict'
 	@echo 'make format   let ruff rewrite what it can'
 	@echo 'make bench    measure kvpoll beside its peers'
+	@echo 'make soak     100,000 requests through real processes that are killed and stopped (ARGS="--requests 5000")'
 	@echo 'make clean    remove caches and build leftovers (.venv stays; make test installs into it again)'
 	@echo 'PYTHON=python3.12 makes .venv with another Python than python3'
 
@@ -38,6 +39,9 @@ demo: $(DEMO_STAMP)
 
 bench: $(FULL_STAMP)
 	@$(VENV)/bin/kvpoll bench
+
+soak: $(FULL_STAMP)
+	@$(VENV)/bin/kvpoll bench soak --out reports/soak.json --figure reports/figures/soak.png $(ARGS)
 
 # Leaves the names of the checks that failed in the shell variable 'failed'.
 define CHECKS
