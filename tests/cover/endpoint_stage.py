@@ -78,6 +78,13 @@ class Stage:
         self.decode.close()
         self.server.close()
 
+    def restart_prefill(self) -> None:
+        """Prefill ends, whatever is under way, and another life of it registers at the same address."""
+        self.prefill.close()
+        self.prefill = PrefillEndpoint(self.prefill.settings)
+        self.prefill.do(self._pump)
+        self.prefill.wait_registered(LIMIT_S)
+
     def one_range(self) -> None:
         """The write that is under way places one range, and is then paused: nobody can say that it is quiet."""
         done = threading.Event()

@@ -163,13 +163,18 @@ def test_metrics_under_sglangs_names_and_over_http() -> None:
 
 
 def test_an_hour_of_trouble_raises_no_false_alarm(tmp_path: Path) -> None:
-    """1500 requests in a small pool: aborts on both sides at every moment, stalled writes, releases at any time,
-    rooms used again. Monitors of both ranks are silent, and in the end nothing is held.
+    """2000 requests in a small pool: aborts on both sides at every moment, stalled writes, releases at any time, rooms
+    used again, and three new lives of prefill. Monitors of both ranks are silent, and in the end nothing is held.
     """
     chance = random.Random(7)
     with Stage(monitored=True, rules={"decode_tombstone_timeout_s": 0.05, "tombstone_timeout_s": 0.1}) as stage:
         window: list[Any] = []
-        for number in range(1500):
+        for number in range(2000):
+            if number in (500, 1000, 1500):
+                assert stage.prefill.violations == [] and stage.prefill.health()["defects"] == []
+                stage.restart_prefill()
+                over(*(target for _, target in window))
+                window.clear()
             if chance.random() < 0.01:
                 stage.moving = not stage.moving
             page = number % 16
