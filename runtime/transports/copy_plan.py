@@ -56,27 +56,24 @@ def plan_of(copies: Copies, source: Space, target: Space, merged: bool = True) -
         source.addresses_of(starts, source_region), target.addresses_of(ends, target_region), nbytes,
         source_region, target_region,
     )  # fmt: skip
-    return merge(made) if merged else made
+    return merge(made) if merged and len(nbytes) > 1 else made
 
 
 def merge(ranges: Plan) -> Plan:
     """Ranges that follow each other in both memories become one, in order of source addresses.
 
-    Where there are none, the ranges keep the order in which they were posted.
+    Where no two follow each other, all keep the order in which they were posted.
     """
-    if len(ranges.nbytes) < 2:
+    order = np.argsort(ranges.source)
+    source, target, nbytes = ranges.source[order], ranges.target[order], ranges.nbytes[order]
+    follows = (source[:-1] + nbytes[:-1] == source[1:]) & (target[:-1] + nbytes[:-1] == target[1:])
+    if not follows.any():  # scattered pages: nothing more to do
         return ranges
-    ordered = ranges.pick(np.argsort(ranges.source, kind="stable"))
-    joined = np.ones(len(ordered.nbytes) - 1, bool)
-    for address, region in (
-        (ordered.source, ordered.source_region),
-        (ordered.target, ordered.target_region),
-    ):
-        joined &= (address[:-1] + ordered.nbytes[:-1] == address[1:]) & (region[:-1] == region[1:])
-    if not joined.any():
-        return ranges
-    firsts = np.flatnonzero(np.concatenate(([True], ~joined)))
-    return ordered.pick(firsts)._replace(nbytes=np.add.reduceat(ordered.nbytes, firsts))
+    ordered = ranges.pick(order)
+    for region in (ordered.source_region, ordered.target_region):
+        follows &= region[:-1] == region[1:]
+    firsts = np.flatnonzero(np.concatenate(([True], ~follows)))
+    return ordered.pick(firsts)._replace(nbytes=np.add.reduceat(nbytes, firsts))
 
 
 def split(ranges: Plan, bytes_max: int) -> Plan:

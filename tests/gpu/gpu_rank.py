@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration" / "engine_processes"))
+from orders import serve
 
 from kvpoll.runtime.transports import make
 from kvpoll.runtime.transports.interface import Copies, Region, Tag
@@ -102,18 +104,4 @@ class Rank:
         return {}
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    rank = Rank()
-    for line in sys.stdin:
-        order = json.loads(line)
-        verb = order.pop("do")
-        try:
-            answer = getattr(rank, verb)(**order)
-        except Exception as error:
-            answer = {"error": type(error).__name__, "said": str(error)}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-main()
+serve(Rank())

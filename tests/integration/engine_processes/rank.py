@@ -7,15 +7,18 @@ from a seed, so an owner knows every byte that it must hold.
 from __future__ import annotations
 
 import base64
-import json
 import mmap
 import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from orders import serve
 
 from kvpoll.runtime import transports
 from kvpoll.runtime.transports.interface import Copies, Region, Tag
@@ -145,22 +148,4 @@ def drawn(seed: int, nbytes: int) -> np.ndarray:
     return np.frombuffer(np.random.default_rng(seed).bytes(nbytes), np.uint8)
 
 
-def main() -> None:
-    # The answers keep the real standard output; what an engine prints goes to standard error.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    rank = Rank()
-    for line in sys.stdin:
-        order = json.loads(line)
-        verb = order.pop("do")
-        try:
-            answer = getattr(rank, verb)(**order)
-        except Exception as error:
-            answer = {"error": type(error).__name__, "said": str(error)}
-        print(json.dumps(answer), file=answers, flush=True)
-        if verb == "close":
-            break
-    answers.close()
-
-
-main()
+serve(Rank())
