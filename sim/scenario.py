@@ -62,13 +62,15 @@ class Expectation:
 class Timing:
     """hostile_s: how long requests and faults come. grace_s: from the heal to the probes. probes: requests then.
 
-    quiet_s: after the last probe, with no traffic, before the cluster is surveyed.
+    quiet_s: after the last probe, with no traffic, before the cluster is surveyed. real_speed: how much faster than
+    the wall time may run where it is staged on real processes, so that the race is still one.
     """
 
     hostile_s: float = 30.0
     grace_s: float = 15.0
     probes: int = 4
     quiet_s: float = 450.0
+    real_speed: float = 20.0
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def stage(scenario: Scenario, expectation: Expectation) -> Outcome:
         # Here the race is between messages and a computation, so their ratio must be near that of a real engine; and
         # it is over when the storm is.
         scenario = replace(scenario, timing=replace(scenario.timing, grace_s=2.0, probes=1, quiet_s=10.0))
-        speed = 6.0
+        speed = scenario.timing.real_speed
     rules = {**expectation.rules, "http_timeout_s": max(5.0, speed), **({} if is_broken else MENDED_RULES)}
     profile = protocol().profile(expectation.profile).with_rules(rules)
     return Staging(protocol(), scenario, profile, speed=speed, rules=rules, base=expectation.profile)()

@@ -21,7 +21,6 @@ from kvpoll.spec.source import BadInput
 if TYPE_CHECKING:
     from kvpoll.staging import Staging
 
-SPEED: Final = 20.0
 SPEED_MAX: Final = 200.0
 """Faster than this, the bounds of the invariants (L2: 2 s) are shorter than a process is late on a busy machine."""
 
@@ -34,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a run on real processes."""
     parser.add_argument("--real", action="store_true", help="stage it on real processes, sockets and memory")
     parser.add_argument(
-        "--speed", metavar="X", type=lasting, help=f"with --real: how much faster its time runs (default {SPEED:g})"
+        "--speed",
+        metavar="X",
+        type=lasting,
+        help="with --real: how much faster its time runs (default 20, or as the file says)",
     )
     parser.add_argument("--transport", choices=TRANSPORTS, help="with --real: what moves the pages (default shm)")
 
@@ -76,7 +78,7 @@ def staged(prepared: Prepared, arguments: argparse.Namespace) -> Staging:
         from kvpoll.staging import STAGEABLE, Staging
     except ModuleNotFoundError as error:
         raise BadInput(f"--real needs {error.name}, which is not installed: pip install 'kvpoll[runtime]'") from None
-    speed = SPEED if arguments.speed is None else arguments.speed
+    speed = prepared.scenario.timing.real_speed if arguments.speed is None else arguments.speed
     if speed > SPEED_MAX:
         raise BadInput(f"--speed {speed:g}: at most {SPEED_MAX:g}; faster, messages would seem to take seconds")
     seed, scenario = arguments.seed, prepared.scenario
