@@ -12,7 +12,7 @@ from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.agreement import FAILED, SUCCESS
 from kvpoll.statemachine.machine import Room
 from kvpoll.statemachine.ranks.engine import EngineShape
-from kvpoll.statemachine.ranks.host import Destination, Request
+from kvpoll.statemachine.ranks.host import Destination, Request, engine_of
 from kvpoll.statemachine.ranks.pool import Pool
 from kvpoll.statemachine.ranks.receiver import Entry as ReceiverEntry
 from kvpoll.statemachine.ranks.receiver import ReceiverRank
@@ -283,10 +283,18 @@ class Receiver(ReceiverRank):
             self.presumed.quiet(incarnation, index)
         super().receive_ack(incarnation, index)
 
-    def bury(self, engine: str, epoch: int) -> None:
+    def bury_node(self, node: str, alive_since: int) -> None:
+        """Lives of one prefill rank before this one are over, and what they had posted. Its engine is lost with it,
+        but its siblings are processes of their own: that they are quiet is still to be proven (S1).
+        """
         if self.presumed is not None:
-            self.presumed.ended(engine, epoch)
-        super().bury(engine, epoch)
+            self.presumed.ended(node, alive_since)
+        self.finder.drop(engine_of(node))
+        for room in list(self.rooms.values()):
+            known = self.peers.get(self.key(room.incarnation), ())
+            dead = [peer for peer in known if peer.node == node and peer.epoch < alive_since]
+            if dead:
+                self.deliver("PeerDied", room.incarnation, sum(1 << peer.bit for peer in dead))
 
     def publish_to(self, pair: Pair, pages: tuple[int, ...], row: int) -> None:
         """The engine has memory for a request."""

@@ -508,6 +508,7 @@ class DecodeEndpoint(Endpoint):
     def _make_rank(self, engine: EmbeddedEngine) -> Receiver:
         self._watched: dict[str, ServerWatch] = {}
         rank = Receiver(engine, self.node, self.settings.tp)
+        self.host.bury_in = rank.bury_node
         rank.row_owners = RowOwners(self.pool)  # type: ignore[assignment]  # looks into the memory itself
         return rank
 

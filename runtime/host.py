@@ -98,6 +98,7 @@ class Host:
         self.fits: Callable[[Topology], str | None] = lambda topology: None
         self.watch_due: Watch | None = None
         self.last_answer: str | None = None
+        self.bury_in: Callable[[str, int], None] = lambda node, since: self.rank.bury(engine_of(node), since)
         self.moment: Callable[..., None] = lambda event, **fields: None
         self.emitted: list[Callable[[Any], None]] = []
         self.on_sent: Callable[[], None] = lambda: None
@@ -325,7 +326,7 @@ class Host:
             self.moment("peer_died", peer=node, before_epoch=alive_since)
         self._alive_since[engine_of(node)] = max(alive_since, self._alive_since.get(engine_of(node), 0))
         if self.rank is not None:
-            self.rank.bury(engine_of(node), alive_since)
+            self.bury_in(node, alive_since)
 
     def saw_end(self, node: str, epoch: int) -> None:
         """The operating system says that this life of a peer process is over (the transport's ``on_death``)."""

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final
 from kvpoll.spec.invariants import Watch
 from kvpoll.spec.trace import Addressed, Released, Violated, WritePosted, WriteSettled
 from kvpoll.spec.vocabulary import Incarnation
-from kvpoll.statemachine.ranks.host import engine_of
 
 if TYPE_CHECKING:
     from kvpoll.runtime.embedded import Receiver
@@ -84,11 +83,11 @@ class PresumedWrites:
         if bit in presumed:
             self._settle(own, bit)
 
-    def ended(self, engine: str, epoch: int) -> None:
-        """Every life of an engine but this one is over, and with it what it had posted."""
+    def ended(self, rank: str, alive_since: int) -> None:
+        """Every life of a prefill rank before this one is over, and with it what it had posted."""
         for own, presumed in list(self._open.items()):
             for bit, (_, node, life) in list(presumed.items()):
-                if engine_of(node) == engine and life != epoch:
+                if node == rank and life < alive_since:
                     self._settle(own, bit)
 
     def _settle(self, own: Incarnation, bit: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ class Settings:
 
     profile, rules: of the protocol; reference unless there is a reason. Timeouts are rules, in seconds of the
     monotonic clock. host, port: where the control plane listens; 0 is any free port. transport, options: see
-    ``kvpoll doctor``. epoch: this process's life, larger after every restart; by default milliseconds of the wall
-    clock, so give one where that clock may be set back. token: bearer token of the bootstrap server. secret: 1 to 64
-    bytes that every rank of both sides has; control messages without it are dropped. monitored: check the invariants
-    on what this rank does, as it does it. trace: record what happens to this file.
+    ``kvpoll doctor``. epoch: this life of the engine, larger after every restart, and the same for all its ranks; an
+    engine of one rank may leave it out (it is milliseconds of the wall clock then). token: bearer token of the
+    bootstrap server. secret: 1 to 64 bytes that every rank of both sides has; control messages without it are dropped.
+    monitored: check the invariants on what this rank does, as it does it. trace: record what happens to this file.
     """
 
     layout: Layout
@@ -72,6 +73,12 @@ def _place(settings: Settings) -> str | None:
             return f"{label} size {size}; a size counts ranks, from 1"
         if not 0 <= index < size:
             return f"{label} rank {index} does not exist where the {label} size is {size}; ranks count from 0"
+    ranks = math.prod(settings.sizes)
+    if ranks > 1 and settings.epoch is None:
+        return (
+            f"an engine of {ranks} ranks needs an epoch, since its ranks live and die together; "
+            f"give all of them the same, larger than in their last life (a start time will do)"
+        )
     if settings.destinations < 1:
         return f"destinations is {settings.destinations}; at least one decode rank sends metadata, so give 1 or more"
     return None

@@ -91,6 +91,7 @@ OTHER_POOL = KVPool.on_host(Layout((0,), pages=1, page_tokens=4, heads=2, head_d
         ({"layout": TWO}, "TP rank 1 of 2, the endpoint of TP rank 0 of 1"),
         ({"layout": TWO, "tp": 1}, "tp rank 1 does not exist where the tp size is 1"),
         ({"sizes": Sizes(dp=0)}, "dp size 0"),
+        ({"layout": replace(LAYOUT, tp_size=2), "sizes": Sizes(tp=2)}, "an engine of 2 ranks needs an epoch"),
         ({"destinations": 0}, "destinations is 0"),
         ({"pool": OTHER_POOL}, "another layout"),
         ({"secret": b""}, "the token has 0 bytes"),
@@ -225,11 +226,12 @@ def test_topologies_that_do_not_fit() -> None:
     three = replace(LAYOUT, heads=6, tp_size=3, tp_rank=2)
     two = replace(LAYOUT, heads=6, tp_size=2)
     with Stage(
-        prefill={"layout": two, "sizes": Sizes(tp=2)}, decode={"layout": three, "sizes": Sizes(tp=3), "tp": 2}
+        prefill={"layout": two, "sizes": Sizes(tp=2), "epoch": 1},
+        decode={"layout": three, "sizes": Sizes(tp=3), "tp": 2, "epoch": 1},
     ) as stage:
         until(lambda: stage.prefill.rank.standing()[0], "the one rank being registered")
         other = PrefillEndpoint(
-            settings(bootstrap=stage.address, layout=replace(two, tp_rank=1), sizes=Sizes(tp=2), tp=1)
+            settings(bootstrap=stage.address, layout=replace(two, tp_rank=1), sizes=Sizes(tp=2), tp=1, epoch=1)
         )
         with other:
             other.wait_registered(LIMIT_S)
