@@ -22,11 +22,12 @@ RUN := $(VENV_PYTHON) -P -m
 # mypy puts the folder that it starts in on its path, for the same reason it starts in src/.
 TYPES := cd src && ../$(RUN) mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p kvpoll
 
-.PHONY: help demo test lint format bench soak clean
+.PHONY: help demo test engines lint format bench soak clean
 
 help:
 	@echo 'make demo     install what the demonstration needs and run it'
 	@echo 'make test     lint, types and all tests (ARGS="-k lease" chooses tests, WORKERS=4 runs more at once)'
+	@echo 'make engines  the tests of the real Mooncake and NIXL, in .venv-engines'
 	@echo 'make lint     ruff check, ruff format --check, mypy --strict'
 	@echo 'make format   let ruff rewrite what it can'
 	@echo 'make bench    measure kvpoll beside its peers'
@@ -42,6 +43,15 @@ bench: $(FULL_STAMP)
 
 soak: $(FULL_STAMP)
 	@$(VENV)/bin/kvpoll bench soak --out reports/soak.json --figure reports/figures/soak.png $(ARGS)
+
+# The real Mooncake and NIXL, in an environment of their own. Mooncake needs libibverbs1 (Debian: with libnl-3-200 and
+# libnl-route-3-200) and gets a network namespace that has only loopback, which its tests make themselves (unshare, ip).
+ENGINES := .venv-engines
+engines:
+	@test -x $(ENGINES)/bin/python || '$(PYTHON)' -m venv $(ENGINES)
+	@test -z '$(TORCH)' || $(ENGINES)/bin/python -m pip install -qq --disable-pip-version-check '$(TORCH)'
+	@$(ENGINES)/bin/python -m pip install -qq --disable-pip-version-check -e '.[test,runtime,mooncake,nixl]'
+	@$(ENGINES)/bin/python -P -m pytest -n $(WORKERS) tests/integration/test_engine_stories.py tests/integration/test_engine_conformance.py
 
 # Leaves the names of the checks that failed in the shell variable 'failed'.
 define CHECKS
