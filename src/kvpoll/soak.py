@@ -38,7 +38,7 @@ WINDOW: Final = 96
 REUSED_SHARE: Final = 0.05
 FAULT_EVERY_S: Final = (1.0, 4.0)
 STALL_S: Final = (0.3, 4.0)
-TELL_S: Final = 1.0
+TELL_S: Final = 0.3
 """When one side has failed and the other has not ended after this time, the router gives up its leg there. Routers do
 so at once; this one waits, to see the protocol tell it. It cannot where decode fails before it has found prefill.
 """
@@ -232,6 +232,8 @@ class Soak:
             if member.stats and not member.first_stats:
                 member.first_stats = member.stats
             member.survey = said.get("survey", member.survey)
+            for room, attempt in said.get("failed", ()):
+                self.expect_end((room, attempt), member.name)
             for room, attempt, outcome in said.get("over", ()):
                 self.settle((room, attempt), member.name, outcome)
 
@@ -244,7 +246,7 @@ class Soak:
         self._results.setdefault(pair, {})[name] = outcome
         if names:
             if outcome != "ok":
-                self._untold.append((time.monotonic() + TELL_S, next(iter(names)), pair))
+                self.expect_end(pair, name)
             return
         del self.owing[pair]
         self.over += 1
@@ -252,6 +254,11 @@ class Soak:
         worst = sorted(told - {"ok"}, key=lambda outcome: (outcome != "corrupt", outcome))
         self.outcomes[worst[0] if worst else "ok"] += 1
         self._reusable.append(pair)
+
+    def expect_end(self, pair: tuple[int, int], name: str) -> None:
+        """One side has failed: unless the other ends soon, the router tells it."""
+        for other in self.owing.get(pair, set()) - {name}:
+            self._untold.append((time.monotonic() + TELL_S, other, pair))
 
     # -- requests
 
@@ -375,7 +382,8 @@ class Soak:
         """No more requests or faults: everybody is up and idle until nothing is left, or the limit is over."""
         end_s = time.monotonic() + QUIET_LIMIT_S
         sampled_s = asked_s = 0.0
-        while time.monotonic() < end_s:
+        self.interrupted = False  # the next Ctrl-C ends the quiet, too
+        while time.monotonic() < end_s and not self.interrupted:
             self.turn()
             now = time.monotonic()
             if now - sampled_s >= 1.0:

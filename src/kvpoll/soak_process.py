@@ -5,8 +5,9 @@
 
 CONFIG is JSON: bootstrap (prefill's), name (decode's), epoch, rules, trace (a path), seed. Orders come as lines of
 JSON: ``{"admit": [[room, attempt, bootstrap], ...]}``, ``{"abort": [[room, attempt], ...]}`` and ``{"survey": true}``;
-the end of the input ends it. It says ``{"ready": NODE, "origin": S}``, then ``{"over": [[room, attempt, outcome],
-...]}``, every second ``{"stats": {...}}``, and ``{"survey": {...}}`` where it was asked.
+the end of the input ends it. It says ``{"ready": NODE, "origin": S}``, then ``{"failed": [[room, attempt], ...]}`` at
+once and ``{"over": [[room, attempt, outcome], ...]}`` when the pages are free too, every second ``{"stats": {...}}``,
+and ``{"survey": {...}}`` where it was asked.
 
 What an engine does to a request, and when, follows from the seed and the room alone, so both sides know it. Prefill
 fills the pages with words that say whose they are; decode compares every byte on arrival. When decode gets pages back
@@ -159,6 +160,8 @@ class Engine:
         self.pages = Pages(self.endpoint)
         self.counts: Counter[str] = Counter()
         self.over: deque[tuple[int, int, str]] = deque()
+        self.failed: deque[tuple[int, int]] = deque()
+        self.surveys: deque[dict[str, Any]] = deque()
         self._free = deque(range(SLOTS))
         self._live: dict[tuple[int, int], Request] = {}
         self._waiting: deque[Request] = deque()
@@ -251,6 +254,7 @@ class Engine:
             request.outcome = "ok"
         else:
             request.outcome = (transfer.failure or "failed").partition(":")[0]
+            self.failed.append(request.pair)
         request.is_released = True
         transfer.release()
         self._look(request)
@@ -286,6 +290,10 @@ class Engine:
             "defects": list(endpoint.host.loop.failed)[:3],
             "violated": [f"{v.invariant} {v.node} {v.pair}: {v.text}" for v in endpoint.violations[:5]],
         }  # fmt: skip
+
+    def look_around(self) -> None:
+        """Have ``survey`` and ``stats`` told. In the endpoint's thread, whose tables they are."""
+        self.surveys.append({"survey": self.survey(), "stats": self.stats()})
 
     def survey(self) -> dict[str, int]:
         """What a process that has nothing to do may not have."""
@@ -339,8 +347,12 @@ def serve_rank(side: str, config: dict[str, Any]) -> None:
             for pair in order.get("abort", ()):
                 engine.give_up(*pair)
             if "survey" in order:
-                say(survey=engine.survey(), stats=engine.stats())
+                engine.endpoint.do(engine.look_around)
         engine.turn()
+        while engine.surveys:
+            say(**engine.surveys.popleft())
+        if engine.failed:
+            say(failed=[engine.failed.popleft() for _ in range(len(engine.failed))])
         if engine.over:
             say(over=[engine.over.popleft() for _ in range(len(engine.over))])
         if time.monotonic() - told_s > STATS_S:

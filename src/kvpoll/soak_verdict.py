@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 GROWTH_MAX: Final = 0.05
 """Of its resident memory, so much may a process that lived through it all have gained over the second half."""
 
+OPENED_MAX: Final = 4
+"""More open files or threads than at most in the first third are so many connections that come and go."""
+
 SAMPLES_KEPT: Final = 240
 
 
@@ -57,6 +60,20 @@ def ends(member: Any) -> dict[str, Any]:
     """Open files and threads of the last life of a process: near its beginning, and now."""
     keys = ("fds", "threads")
     return {key: [member.first_stats.get(key), member.stats.get(key)] for key in keys}
+
+
+def opened(samples: list[dict[str, Any]], name: str) -> list[str]:
+    """Files and threads that a process which lived through it all has more of in the end than at most in the first
+    third: peers that died and came back, however often, may not have left any.
+    """
+    said = []
+    for place, what in ((1, "open files"), (2, "threads")):
+        seen = [sample["processes"][name][place] for sample in samples if name in sample["processes"]]
+        early, end = max(seen[: max(1, len(seen) // 3)], default=0), seen[-1] if seen else 0
+        said += (
+            [f"{name} has {end} {what}, and had {early} at most in the first third"] if end > early + OPENED_MAX else []
+        )
+    return said
 
 
 def growth(samples: list[dict[str, Any]], name: str, over: int) -> dict[str, float]:
@@ -105,6 +122,7 @@ def problems(soak: Soak, found: dict[str, Any]) -> list[str]:
     said += [
         f"{name} grew by {each['growth']:.1%}" for name, each in found["memory"].items() if each["growth"] > GROWTH_MAX
     ]
+    said += [text for name in found["memory"] for text in opened(soak.samples, name)]
     return said + soak.unexpected
 
 
