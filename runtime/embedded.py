@@ -12,7 +12,7 @@ from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.agreement import FAILED, SUCCESS
 from kvpoll.statemachine.machine import Room
 from kvpoll.statemachine.ranks.engine import EngineShape
-from kvpoll.statemachine.ranks.host import Destination, Request, engine_of
+from kvpoll.statemachine.ranks.host import Destination, Request
 from kvpoll.statemachine.ranks.pool import Pool
 from kvpoll.statemachine.ranks.receiver import Entry as ReceiverEntry
 from kvpoll.statemachine.ranks.receiver import ReceiverRank
@@ -107,7 +107,6 @@ class Sender(SenderRank):
         self.real = engine.host
         self.pages = EnginePages(self.host, self.node, "kv", self.kv.size, self._freed)  # type: ignore[arg-type]
         self.kv = self.pages
-        self.server_answered: Callable[[int], None] = lambda epoch: None
         self.leaving = False
         self._early: dict[int, list[tuple[Any, ...]]] = {}
         self._early_count = 0
@@ -215,11 +214,6 @@ class Sender(SenderRank):
         elif fact == "RegistrationAccepted":
             self.real.unregister(self.engine.name)
 
-    def _registered(self, status: int | str, body: Any) -> None:
-        if status == 200 and isinstance(body, int):
-            self.server_answered(body)
-        super()._registered(status, body)
-
     def refused(self, entry: SenderEntry) -> None:
         self.told(entry.request.pair, "poll", ("Failed", entry.rejected))
 
@@ -283,18 +277,10 @@ class Receiver(ReceiverRank):
             self.presumed.quiet(incarnation, index)
         super().receive_ack(incarnation, index)
 
-    def bury_node(self, node: str, alive_since: int) -> None:
-        """Lives of one prefill rank before this one are over, and what they had posted. Its engine is lost with it,
-        but its siblings are processes of their own: that they are quiet is still to be proven (S1).
-        """
+    def bury(self, name: str, alive_since: int) -> None:
         if self.presumed is not None:
-            self.presumed.ended(node, alive_since)
-        self.finder.drop(engine_of(node))
-        for room in list(self.rooms.values()):
-            known = self.peers.get(self.key(room.incarnation), ())
-            dead = [peer for peer in known if peer.node == node and peer.epoch < alive_since]
-            if dead:
-                self.deliver("PeerDied", room.incarnation, sum(1 << peer.bit for peer in dead))
+            self.presumed.ended(name, alive_since)
+        super().bury(name, alive_since)
 
     def publish_to(self, pair: Pair, pages: tuple[int, ...], row: int) -> None:
         """The engine has memory for a request."""

@@ -458,7 +458,7 @@ class PrefillEndpoint(Endpoint):
 
     def _watch_server(self, rank: Sender) -> None:
         watch = ServerWatch(self.host, self.engine_name, restarted=lambda: rank.register("ServerRestarted"))
-        rank.server_answered = watch.answered
+        self.host.server_answered = watch.answered
 
     def admit(
         self,
@@ -508,7 +508,6 @@ class DecodeEndpoint(Endpoint):
     def _make_rank(self, engine: EmbeddedEngine) -> Receiver:
         self._watched: dict[str, ServerWatch] = {}
         rank = Receiver(engine, self.node, self.settings.tp)
-        self.host.bury_in = rank.bury_node
         rank.row_owners = RowOwners(self.pool)  # type: ignore[assignment]  # looks into the memory itself
         return rank
 

@@ -98,7 +98,6 @@ class Host:
         self.fits: Callable[[Topology], str | None] = lambda topology: None
         self.watch_due: Watch | None = None
         self.last_answer: str | None = None
-        self.bury_in: Callable[[str, int], None] = lambda node, since: self.rank.bury(engine_of(node), since)
         self.moment: Callable[..., None] = lambda event, **fields: None
         self.emitted: list[Callable[[Any], None]] = []
         self.on_sent: Callable[[], None] = lambda: None
@@ -109,6 +108,7 @@ class Host:
         self.servers = {name: Server(where, BootstrapClient(where, timely, token)) for name, where in servers.items()}
         self._plans: dict[str, tuple[Plan, Topology]] = {}
         self._alive_since: dict[str, int] = {}
+        self.server_answered: Callable[[int], None] = lambda epoch: None
         self._known_as: dict[str, str] = {}
         self._calls_itself: dict[str, str] = {}
         self._caller = Caller(lambda function: loop.post(function))
@@ -320,13 +320,13 @@ class Host:
         self.bury(node, former + 1 if state is None or state.epoch is None else state.epoch)
 
     def bury(self, node: str, alive_since: int) -> None:
-        """It is proven that every life of this node's engine before ``alive_since`` is over."""
+        """It is proven that every life of this node before ``alive_since`` is over."""
         self.mark(self.node, "peer_died")
         if alive_since > self._alive_since.get(engine_of(node), 0):
             self.moment("peer_died", peer=node, before_epoch=alive_since)
         self._alive_since[engine_of(node)] = max(alive_since, self._alive_since.get(engine_of(node), 0))
         if self.rank is not None:
-            self.bury_in(node, alive_since)
+            self.rank.bury(node, alive_since)
 
     def saw_end(self, node: str, epoch: int) -> None:
         """The operating system says that this life of a peer process is over (the transport's ``on_death``)."""
@@ -426,6 +426,8 @@ class Host:
             self._moved(detail, Address(f"tcp://{body.rank_ip}:{body.rank_port}", epoch))
             self.watch(detail, body.process_epoch)
             body = {detail: epoch}
+        elif status == 200 and route == "PUT /route" and isinstance(body, int):
+            self.server_answered(body)
         answered(status, body)
 
     def _introduce(self, node: str, own_name: str | None) -> None:

@@ -19,7 +19,7 @@ from kvpoll.spec.protocol import Profile, Protocol
 from kvpoll.spec.trace import Delivered, Lost, Marked, Sent, Stream
 from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.conduct import sends_again
-from kvpoll.statemachine.ranks.host import Destination, Plan, Reply, Request, Waiting, engine_of
+from kvpoll.statemachine.ranks.host import Destination, Plan, Reply, Request, Waiting, engine_of, is_of
 from kvpoll.statemachine.roles import Machines
 
 if TYPE_CHECKING:
@@ -259,4 +259,4 @@ class Network:
 
 def covers(prefix: str, node: str) -> bool:
     """Does a fault's target name this node? "*" is everyone, "P0" is engine P0 with all its ranks."""
-    return prefix == "*" or node == prefix or node.startswith(prefix + "/")
+    return prefix == "*" or is_of(node, prefix)

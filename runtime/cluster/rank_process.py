@@ -93,7 +93,8 @@ class RankProcess:
         if isinstance(rank, PrefillRank):
             rank.register("Started")
             if watches_server(host.profile):
-                ServerWatch(host, config.engine, lambda: rank.register("ServerRestarted"))
+                watch = ServerWatch(host, config.engine, lambda: rank.register("ServerRestarted"))
+                host.server_answered = watch.answered
         elif not probes_ranks(host.profile):
             for engine in config.servers:
                 ServerWatch(host, engine, suspect=partial(rank.suspect, engine))

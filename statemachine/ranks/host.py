@@ -152,6 +152,11 @@ def engine_of(node: str) -> str:
     return node.partition("/")[0]
 
 
+def is_of(node: str, name: str) -> bool:
+    """Is this node the process of that name, or a rank of the engine of that name?"""
+    return node == name or node.startswith(name + "/")
+
+
 def rank_name(engine: str, sizes: Sizes, dp: int, pp: int, tp: int, cp: int = 0) -> str:
     """``P0/dp1/pp0/tp1``; dimensions of size one are left out."""
     parts = [engine]

@@ -10,7 +10,7 @@ from kvpoll.statemachine.agreement import Report, given_up
 from kvpoll.statemachine.mapping import Mapping, map_ranks
 from kvpoll.statemachine.ranks.engine import Home, decode_timers
 from kvpoll.statemachine.ranks.finder import Finder
-from kvpoll.statemachine.ranks.host import Destination, Plan, Request, engine_of
+from kvpoll.statemachine.ranks.host import Destination, Plan, Request, engine_of, is_of
 from kvpoll.statemachine.ranks.pool import Pool
 from kvpoll.statemachine.ranks.rank import Rank
 from kvpoll.statemachine.roles import Queued
@@ -174,12 +174,14 @@ class ReceiverRank(Rank):
         self.finder.drop(engine)
         self._tell_rooms(engine, "PeerSuspected")
 
-    def bury(self, engine: str, epoch: int) -> None:
-        """A prefill engine's former process is gone, and with it every write it had posted."""
-        self.finder.drop(engine)
+    def bury(self, name: str, alive_since: int) -> None:
+        """Lives of a prefill engine, or of one of its ranks, before this one are over, and with them every write that
+        they had posted. That of a rank says nothing of its siblings, where they are processes of their own (S1).
+        """
+        self.finder.drop(engine_of(name))
         for room in list(self.rooms.values()):
             known = self.peers.get(self.key(room.incarnation), ())
-            dead = [peer for peer in known if engine_of(peer.node) == engine and peer.epoch != epoch]
+            dead = [peer for peer in known if is_of(peer.node, name) and peer.epoch < alive_since]
             if dead:
                 self.deliver("PeerDied", room.incarnation, sum(1 << peer.bit for peer in dead))
 

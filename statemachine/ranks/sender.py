@@ -8,7 +8,7 @@ from kvpoll.spec.vocabulary import Action, Incarnation
 from kvpoll.statemachine import dp_rank
 from kvpoll.statemachine.agreement import Report
 from kvpoll.statemachine.ranks.engine import PrefillHome, prefill_timers
-from kvpoll.statemachine.ranks.host import Destination, Request, engine_of, unique_index
+from kvpoll.statemachine.ranks.host import Destination, Request, is_of, unique_index
 from kvpoll.statemachine.ranks.pool import Pool
 from kvpoll.statemachine.ranks.rank import Rank
 from kvpoll.statemachine.retry import register_delay_s
@@ -204,16 +204,16 @@ class SenderRank(Rank):
         """A decode engine does not answer: every room that writes to it fails; its memory may still be written."""
         self._tell_rooms(engine, "PeerSuspected", None)
 
-    def bury(self, engine: str, epoch: int) -> None:
-        """A decode engine's former process is gone."""
-        self._tell_rooms(engine, "PeerDied", epoch)
+    def bury(self, name: str, alive_since: int) -> None:
+        """Lives of a decode engine, or of one of its ranks, before this one are over."""
+        self._tell_rooms(name, "PeerDied", alive_since)
 
     def restored(self, engine: str) -> None:
         """The channel to a decode engine is back."""
         self._tell_rooms(engine, "LinkRestored", None)
 
-    def _tell_rooms(self, engine: str, fact: str, epoch: int | None) -> None:
+    def _tell_rooms(self, name: str, fact: str, alive_since: int | None) -> None:
         for room in list(self.rooms.values()):
             known = self.destinations.get(self.key(room.incarnation), {}).values()
-            if any(engine_of(d.node) == engine and d.incarnation.epoch != epoch for d in known):
+            if any(is_of(d.node, name) and (alive_since is None or d.incarnation.epoch < alive_since) for d in known):
                 self.deliver(fact, room.incarnation)
