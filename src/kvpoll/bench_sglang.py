@@ -32,7 +32,9 @@ LAYERS, PAGES, PAGE_BYTES, ROWS, PAGES_EACH = 2, 1024, 256, 256, 4
 """As ``bench_handshakes`` has them: two layers of keys and values, four pages a request, one aux row."""
 
 IDLE_S = 1e-4
-"""Pause of the scheduler's loop when nothing has moved. Longer and shorter ones, and none, were slower here."""
+"""Pause of the scheduler's loop when nothing has moved. Tried once each, on a busy machine: a pause of 1 ms cost a
+fifth of the throughput with 32 requests at once; none at all gained a twentieth with one at a time.
+"""
 
 WAIT_S = 60.0
 
