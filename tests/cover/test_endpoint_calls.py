@@ -380,6 +380,7 @@ def test_a_defect_in_one_request_fails_that_request_only(stage: Stage, monkeypat
     source.send([0, 1], last=True)
     assert target.wait(timeout_s=LIMIT_S) == source.wait(timeout_s=LIMIT_S) == KVPoll.Failed
     assert source.failure == "internal_error"
+    until(lambda: stage.prefill.health()["defects"], "the defect is told, after the request was failed for it")
     assert stage.prefill.health()["defects"] == ["RuntimeError: a defect of ours"]
     assert stage.prefill.health()["ok"], "requests still finish here"
     monkeypatch.undo()

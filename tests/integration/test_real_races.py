@@ -26,6 +26,8 @@ second of the wall. One HTTP call has that under any rules.
 ANYWAY: Final = {
     # Metadata meets a room that has just been cleared (A11).
     ("sglang-34572", "after-sglang-27028"): {"S4"},
+    # Each stage drops what has failed with itself, in the order in which the aborts have reached it (S7, A03).
+    ("sglang-26912", "after-sglang-27028"): {"S7"},
     # Decode has published to the rank that it derived before it hears that another one refused the request: the
     # metadata opens a room there that nobody owns, and nobody clears (A11, B49).
     ("sglang-22901", "after-sglang-22901"): {"R1", "R2"},
