@@ -149,7 +149,6 @@ class Engine:
     """The engine around one endpoint: gives pages, compares them, gives up, and keeps count."""
 
     def __init__(self, side: str, config: dict[str, Any]) -> None:
-        logging.disable(logging.ERROR)  # a fault a second is what this is for
         self.side, self.seed = side, config["seed"]
         trace = Path(config["trace"]) if config.get("trace") else None
         settings = Settings(
@@ -363,7 +362,6 @@ def serve_rank(side: str, config: dict[str, Any]) -> None:
 
 def serve_bootstrap(port: int) -> None:
     """Run a bootstrap server until the input ends."""
-    logging.disable(logging.ERROR)
     protocol = load()
     server = BootstrapServer(protocol, protocol.profile("reference"), port=port)
     server.start()
@@ -378,6 +376,7 @@ def serve_bootstrap(port: int) -> None:
 
 def main(kind: str, config: str) -> None:
     """One process."""
+    logging.disable(logging.ERROR)  # a fault a second is what this is for
     if kind == "server":
         serve_bootstrap(int(config))
     else:
