@@ -78,6 +78,19 @@ class Happening(Protocol):
         """It has happened; who waits goes on with this value."""
 
 
+class Chance(Protocol):
+    """Draws that a host makes for a rank: a rank has no randomness of its own, as it has no clock."""
+
+    def random(self) -> float:
+        """Uniform in [0, 1)."""
+
+    def uniform(self, low: float, high: float) -> float:
+        """Uniform between two numbers."""
+
+    def getrandbits(self, bits: int, /) -> int:
+        """A whole number of so many bits."""
+
+
 class Host(Protocol):
     """The outside of a rank. ``now`` is in seconds since the start of the trace."""
 
@@ -115,8 +128,8 @@ class Host(Protocol):
     def spawn(self, task: Waiting) -> Any:
         """Run a task."""
 
-    def chance(self, purpose: str) -> Any:
-        """A ``random.Random`` of its own for every purpose."""
+    def chance(self, purpose: str) -> Chance:
+        """Draws of their own for every purpose; the host decides whether they follow from a seed."""
 
     # -- others
 
