@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from kvpoll.runtime.settings import Settings
 
 Pair = tuple[int, int]
-EARLY_MAX: Final = 4096
-"""Messages for later attempts that a prefill rank keeps, over all rooms."""
 
 FENCE_AFTER_S: Final = 0.1
 """So long a writer may take to acknowledge an abort by itself, so that it hears why before its bytes are refused."""
@@ -108,8 +106,6 @@ class Sender(SenderRank):
         self.pages = EnginePages(self.host, self.node, "kv", self.kv.size, self._freed)  # type: ignore[arg-type]
         self.kv = self.pages
         self.leaving = False
-        self._early: dict[int, list[tuple[Any, ...]]] = {}
-        self._early_count = 0
         self.aux_rows: dict[Pair, AuxRow] = {}
 
     def begin(self, pair: Pair, rid: str, engine: str) -> None:
@@ -119,23 +115,6 @@ class Sender(SenderRank):
         if self.open(entry) and entry.rejected is None:
             for destination in list(self.destinations.get(self.key(entry.incarnation), {}).values()):
                 self._check(entry.incarnation, destination)
-
-    def receive(self, message: str, incarnation: Incarnation, *arguments: Any) -> None:
-        """Decode may be quicker with the next attempt at a room than our engine is with clearing the last one. What
-        it says of that attempt is kept until the room is clear, as if it had been longer on its way: a room that is
-        not can only drop it, and both sides would wait for their timers.
-        """
-        room = self.rooms.get(incarnation.room)
-        if room is None or not self._is_early(room, incarnation):
-            super().receive(message, incarnation, *arguments)
-        elif self._early_count < EARLY_MAX:
-            self._early_count += 1
-            self._early.setdefault(incarnation.room, []).append((message, incarnation, *arguments))
-
-    def _is_early(self, room: Room, incarnation: Incarnation) -> bool:
-        own = room.incarnation
-        is_next = incarnation.epoch == own.epoch and incarnation.attempt > own.attempt
-        return self.strict and is_next and room.local.poll not in ("Retired", "Announced")
 
     def receive_metadata(self, incarnation: Incarnation, destination: Destination, required: int) -> None:
         super().receive_metadata(incarnation, destination, required)
@@ -157,7 +136,10 @@ class Sender(SenderRank):
             self._freed(pair, pages)
             return
         own, first = entry.incarnation, len(entry.pages)
-        if not self._counts_fit(own, first + len(pages), last):
+        problem = self.page_count_problem(own, first + len(pages), last)
+        if problem is not None:
+            self.real.note(pair, problem, self.real.reasons)
+            self.deliver("AbortRequested", own, "page_count_mismatch")
             self._freed(pair, pages)
             return
         if row is not None and last:
@@ -168,19 +150,6 @@ class Sender(SenderRank):
         chunk, entry.chunk = entry.chunk, entry.chunk + 1
         self.host.emit(Computed(self.host.now, self.node, own, chunk))
         self.post(entry, chunk, first, pages, last)
-
-    def _counts_fit(self, own: Incarnation, count: int, last: bool) -> bool:
-        """Decode must get as many pages as it has published. Else its request would succeed with pages that nobody
-        filled; so it fails.
-        """
-        for destination in self.destinations.get(self.key(own), {}).values():
-            wanted = len(destination.pages)
-            if wanted and (count > wanted or (last and count < wanted)):
-                problem = f"prefill has {count} pages{'' if last else ' or more'}, decode published {wanted}"
-                self.real.note(own.pair, problem, self.real.reasons)
-                self.deliver("AbortRequested", own, "page_count_mismatch")
-                return False
-        return True
 
     def give_up(self, pair: Pair, cause: str) -> None:
         """The engine aborts."""
@@ -221,10 +190,7 @@ class Sender(SenderRank):
         self.told(room.incarnation.pair, "poll", (room.local.poll, self.real.why(room)))
         if room.local.poll == "Failed" and self.real.writes is not None:
             self.real.writes.abort(room.incarnation.pair)
-        elif room.local.poll in ("Retired", "Absent") and self._early:
-            for message in self._early.pop(room.incarnation.room, ()):
-                self._early_count -= 1
-                self.real.loop.soon(self.receive, *message)
+        super().poll_changed(room)
 
     def _freed(self, pair: Pair, pages: tuple[int, ...]) -> None:
         self.aux_rows.pop(pair, None)

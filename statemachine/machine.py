@@ -195,6 +195,16 @@ class RoomMachine(Machine):
             return room, (_new(Action, (name, own, argument)),)
         return room, tuple([_new(Action, (name, own, argument)) for name, argument in orders])
 
+    def is_ahead(self, room: Room, incarnation: Incarnation) -> bool:
+        """Is this a later attempt at a room that is not over? A step can only drop what is said of it; a rank keeps it.
+
+        Decode may be quicker with the next attempt than prefill is with clearing the last one. Were it dropped, both
+        sides would wait for their timers.
+        """
+        own, local = room
+        is_later = incarnation.epoch == own.epoch and incarnation.attempt > own.attempt
+        return self._strict and is_later and local.poll not in ("Retired", "Announced")
+
     def _step_foreign(self, room: Room, fact: Fact) -> tuple[Room, tuple[Action, ...]]:
         """The fact was meant for another incarnation of this room number."""
         kind, incarnation, detail = fact

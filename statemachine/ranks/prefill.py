@@ -82,6 +82,7 @@ class PrefillRank(SenderRank):
             self.replica.wake()
 
     def poll_changed(self, room: Room) -> None:
+        super().poll_changed(room)
         if self.pp == 0:
             if room.local.poll not in NOTHING_TO_DO:
                 self.replica.wake()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from kvpoll.spec.vocabulary import Action, Incarnation
 from kvpoll.statemachine import dp_rank
 from kvpoll.statemachine.agreement import Report
+from kvpoll.statemachine.machine import Room
 from kvpoll.statemachine.ranks.engine import PrefillHome, prefill_timers
 from kvpoll.statemachine.ranks.host import Destination, Request, is_of, unique_index
 from kvpoll.statemachine.ranks.pool import Pool
 from kvpoll.statemachine.ranks.rank import Rank
 from kvpoll.statemachine.retry import register_delay_s
 from kvpoll.statemachine.roles import Queued, Registration
+
+OF_DECODE: Final = ("Metadata", "Abort")
+EARLY_MAX: Final = 4096
+"""How many messages of later attempts wait for rooms that are not over."""
 
 
 class Entry:
@@ -47,6 +52,8 @@ class SenderRank(Rank):
         self.askers: dict[tuple[int, ...], dict[int, tuple[str, Incarnation]]] = {}
         self.by_pair: dict[tuple[int, int], Entry] = {}
         self.registration = Registration()
+        self._early: dict[int, list[tuple[Any, ...]]] = {}
+        self._early_count = 0
         self.mail |= {"Metadata": self.receive_metadata, "Abort": self.receive_abort}
         self._actions |= {
             "NotifyDecode": self._notify_decode,
@@ -57,6 +64,26 @@ class SenderRank(Rank):
         }
 
     # -- messages from decode
+
+    def receive(self, message: str, incarnation: Incarnation, *arguments: Any) -> None:
+        """What decode says of the next attempt at a room waits until the room is over, up to EARLY_MAX of it (R2)."""
+        room = self.rooms.get(incarnation.room)
+        if room is None or message not in OF_DECODE or not self.machine.is_ahead(room, incarnation):
+            super().receive(message, incarnation, *arguments)
+        elif self._early_count < EARLY_MAX:
+            self._early_count += 1
+            self.host.mark(self.node, "attempt_ahead")
+            self._early.setdefault(incarnation.room, []).append((message, incarnation, *arguments))
+
+    def poll_changed(self, room: Room) -> None:
+        if room.local.poll in ("Retired", "Absent") and room.incarnation.room in self._early:
+            for message in self._early.pop(room.incarnation.room):
+                self._early_count -= 1
+                self.host.after(0.0, self._receive_late, *message)
+
+    def _receive_late(self, *message: Any) -> None:
+        if not self.is_over():
+            self.receive(*message)
 
     def receive_metadata(self, incarnation: Incarnation, destination: Destination, required: int) -> None:
         """A decode rank published its pages for a room of ours."""
@@ -168,6 +195,16 @@ class SenderRank(Rank):
                     self, destination, chunk, first, pages, last,
                     lambda outcome: self._write_ended(incarnation, outcome),
                 )  # fmt: skip
+
+    def page_count_problem(self, own: Incarnation, count: int, last: bool) -> str | None:
+        """Why a prompt of ``count`` pages so far cannot go to where decode has published, or None. Decode must get as
+        many pages as it has published; else its request would succeed with pages that nobody filled (A08).
+        """
+        for destination in self.destinations.get(self.key(own), {}).values():
+            wanted = len(destination.pages)
+            if wanted and (count > wanted or (last and count < wanted)):
+                return f"prefill has {count} pages{'' if last else ' or more'}, decode published {wanted}"
+        return None
 
     def _write_ended(self, incarnation: Incarnation, outcome: str) -> None:
         fact = {"completed": "WriteCompleted", "failed": "WriteFailed", "settled": "WriteSettled"}[outcome]
