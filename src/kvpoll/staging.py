@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
@@ -19,6 +19,7 @@ from kvpoll.runtime.cluster.config import Lengths
 from kvpoll.runtime.cluster.launcher import Launcher, Plan, RealRank
 from kvpoll.runtime.cluster.merge import merged
 from kvpoll.runtime.cluster.rank_process import matches
+from kvpoll.runtime.cluster.tail import Tail
 from kvpoll.runtime.pools.layout import Layout
 from kvpoll.sim.faults import EFFECTS, Fault, Injector
 from kvpoll.sim.run import PROBE, PROBE_GAP_S, Outcome, Recorder
@@ -27,7 +28,7 @@ from kvpoll.sim.workload import Arrival
 from kvpoll.spec.invariants import Bounds, Watch
 from kvpoll.spec.protocol import Profile, Protocol
 from kvpoll.spec.source import BadInput
-from kvpoll.spec.trace import EVENTS, FaultBegan, Healed, Marked, Resulted, Stream, decode
+from kvpoll.spec.trace import EVENTS, FaultBegan, Healed, Marked, Resulted, Stream
 
 STAGEABLE: Final = frozenset(
     {"process_down", "server_slow", "server_errors", "abort_requests", "stage_abort", "override_dp", "reuse_rooms"}
@@ -197,7 +198,7 @@ class Stage:
         self.scenario = scenario
         self.injector = Injector(RealCluster(launcher), list(scenario.faults))  # type: ignore[arg-type]
         self._progress = progress
-        self._tails = [_Tail(path) for path in launcher.traces]
+        self._tails = [Tail(path) for path in launcher.traces]
         self._told = 0.0
 
     def play(self, arrivals: list[Arrival]) -> bool:
@@ -252,7 +253,7 @@ class Stage:
         launcher, timing = self.launcher, self.scenario.timing
         if launcher.plan.halts:
             known = {tail.path for tail in self._tails}
-            self._tails += [_Tail(path) for path in launcher.traces if path not in known]
+            self._tails += [Tail(path) for path in launcher.traces if path not in known]
             for tail in self._tails:
                 for event in tail.news():
                     launcher.stream.emit(event)
@@ -350,25 +351,3 @@ class _Entry:
 
     def __init__(self, pair: tuple[int, int]) -> None:
         self.incarnation = pair
-
-
-class _Tail:
-    """Reads what a process appends to its trace."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._read = 0
-        self._rest = b""
-
-    def news(self) -> Iterator[Any]:
-        """Events whose lines are complete; the header is passed over."""
-        if not self.path.exists() or self.path.stat().st_size <= self._read:
-            return
-        with self.path.open("rb") as file:
-            file.seek(self._read)
-            data = file.read()
-        self._read += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            if not line.startswith(b'{"kvpoll_trace"') and b'"event"' in line:
-                yield decode(line.decode(), str(self.path))

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple
@@ -25,6 +25,7 @@ from kvpoll.runtime.cluster.config import Lengths
 from kvpoll.runtime.cluster.launcher import Child, Launcher, Plan, RealEngine
 from kvpoll.runtime.cluster.merge import merged
 from kvpoll.runtime.cluster.rank_process import matches
+from kvpoll.runtime.cluster.tail import Tail
 from kvpoll.runtime.control.messages import Envelope
 from kvpoll.runtime.pools import pattern
 from kvpoll.runtime.pools.layout import Layout
@@ -43,7 +44,6 @@ from kvpoll.spec.trace import (
     Reserved,
     Resulted,
     Stepped,
-    decode,
 )
 from kvpoll.statemachine.ranks.engine import EngineShape
 from kvpoll.statemachine.ranks.host import Request
@@ -123,7 +123,7 @@ class Play:
         )  # fmt: skip
         self.launcher = _Launcher(protocol(), protocol().profile(profile).with_rules(rules), plan)
         self.events: list[Any] = []
-        self._tails: dict[Path, _Tail] = {}
+        self._tails: dict[Path, Tail] = {}
         self._faults = 0
         self._requests = 0
         if server_port is not None:
@@ -166,7 +166,7 @@ class Play:
     def listen(self) -> None:
         """Take what the processes have recorded since the last look."""
         for path in self.launcher.traces:
-            tail = self._tails.setdefault(path, _Tail(path))
+            tail = self._tails.setdefault(path, Tail(path))
             self.events += tail.news()
 
     def story(self) -> str:
@@ -393,30 +393,6 @@ class Verdict(NamedTuple):
     def broken(self) -> dict[str, str]:
         """The first violation of each invariant that broke, as text."""
         return {name: f"{v.t:.2f} {v.node}: {v.text}" for name, v in self.watch.first.items()}
-
-
-class _Tail:
-    """What a process appends to its trace."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._read = 0
-        self._rest = b""
-
-    def news(self) -> Iterator[Any]:
-        if not self.path.exists() or self.path.stat().st_size <= self._read:
-            return
-        with self.path.open("rb") as file:
-            file.seek(self._read)
-            data = file.read()
-        self._read += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            if line and not line.startswith(b'{"kvpoll_trace"') and b'"event"' in line:
-                yield decode(line.decode(), str(self.path))
-
-
-# -- the kernel's word
 
 
 def process_state(pid: int) -> str | None:
