@@ -150,10 +150,7 @@ class DecodeRank(ReceiverRank):
         entry.state, _ = self.host.machines.decode_request.step(entry.state, fact)
         after = entry.state.state
         if before != after:
-            if before in GAUGES:
-                self.queue(GAUGES[before], entry.request.rid, -1)
-            if after in GAUGES:
-                self.queue(GAUGES[after], entry.request.rid, 1)
+            self.requeue(GAUGES, entry.request.rid, before, after)
             if after in QUEUED:
                 self.waiting[entry.request.rid] = entry
             else:

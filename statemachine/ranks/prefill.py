@@ -268,11 +268,8 @@ class PrefillRank(SenderRank):
         entry.state, _ = self.host.machines.prefill_request.step(entry.state, fact)
         after = entry.state.state
         if before != after:
-            if before in GAUGES:
-                self.queue(GAUGES[before], entry.request.rid, -1)
-            if after in GAUGES:
-                self.queue(GAUGES[after], entry.request.rid, 1)
-            else:
+            self.requeue(GAUGES, entry.request.rid, before, after)
+            if after not in GAUGES:
                 self._finish(entry)
 
     def _finish(self, entry: Entry) -> None:

@@ -207,6 +207,9 @@ class Rank:
         host = self.host
         host.emit(new_event(Queued, (host.now, self.node, name, rid, delta)))
 
-    def live_rooms(self) -> int:
-        """Rooms that are not tombstones."""
-        return sum(room.local.poll != "Retired" for room in self.rooms.values())
+    def requeue(self, gauges: dict[str, str], rid: str, before: str, after: str) -> None:
+        """A request moved from one scheduler state to another; ``gauges`` names the queue of each that is one."""
+        if before in gauges:
+            self.queue(gauges[before], rid, -1)
+        if after in gauges:
+            self.queue(gauges[after], rid, 1)

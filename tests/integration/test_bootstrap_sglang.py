@@ -21,9 +21,7 @@ from kvpoll.spec.protocol import load
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE / "sglang_bootstrap"
-VERSION = "0.5.23"
 LIMIT_S = 120.0
-ASK_VERSION = "import importlib.metadata as m; print(m.version('sglang')); import engine_on_cpu"
 PROTOCOL = load()
 
 pytestmark = pytest.mark.slow
@@ -33,24 +31,6 @@ def environment() -> dict[str, str]:
     """The scripts find the classes on a CPU as the witnesses beside them do; nothing else of ours is in reach."""
     path = os.pathsep.join((str(SCRIPTS), str(HERE / "sglang_witness")))
     return {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-@pytest.fixture(scope="module")
-def sglang_python() -> str:
-    """An interpreter that can import SGLang's prefill/decode classes; skips with the reason where there is none."""
-    python = os.environ.get("KVPOLL_SGLANG_PYTHON")
-    if not python:
-        pytest.skip("KVPOLL_SGLANG_PYTHON does not name an interpreter with sglang " + VERSION)
-    try:
-        asked = subprocess.run(
-            [python, "-c", ASK_VERSION], env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
-        )
-    except OSError as error:
-        pytest.skip(f"KVPOLL_SGLANG_PYTHON={python} does not run: {error}")
-    if asked.returncode or asked.stdout.strip() != VERSION:
-        told = (asked.stderr.strip().splitlines() or [f"it has {asked.stdout.strip()}"])[-1]
-        pytest.skip(f"{python} cannot import sglang {VERSION}: {told}")
-    return python
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,7 @@ from typing import Any
 import pytest
 
 WITNESSES = Path(__file__).parent / "sglang_witness"
-VERSION = "0.5.23"
 LIMIT_S = 120.0
-ASK_VERSION = "import importlib.metadata as m; print(m.version('sglang')); import engine_on_cpu"
 
 pytestmark = pytest.mark.slow
 
@@ -31,24 +29,6 @@ def run(python: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [python, *arguments], env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
-
-
-@pytest.fixture(scope="module")
-def sglang_python() -> str:
-    """An interpreter that can import SGLang's prefill/decode classes; skips with the reason where there is none."""
-    python = os.environ.get("KVPOLL_SGLANG_PYTHON")
-    if not python:
-        pytest.skip("KVPOLL_SGLANG_PYTHON does not name an interpreter with sglang " + VERSION)
-    try:
-        asked = run(python, "-c", ASK_VERSION)
-    except OSError as error:
-        pytest.skip(f"KVPOLL_SGLANG_PYTHON={python} does not run: {error}")
-    found = asked.stdout.strip()
-    if found and found != VERSION:
-        pytest.skip(f"{python} has sglang {found}; the candidates are about {VERSION}")
-    if asked.returncode:
-        pytest.skip(f"{python} cannot import sglang {VERSION}: {asked.stderr.strip().splitlines()[-1]}")
-    return python
 
 
 def seen(python: str, script: str) -> dict[str, Any]:

@@ -24,7 +24,6 @@ HERE = Path(__file__).parent
 SCRIPTS = HERE / "sglang_mapping"
 PACKAGE_ON_CPU = HERE / "sglang_witness"  # engine_on_cpu.py: what a launcher would have set
 TOPOLOGIES: list[dict[str, Any]] = tomllib.loads((SCRIPTS / "topologies.toml").read_text())["topology"]
-VERSION = "0.5.23"
 LIMIT_S = 240.0
 FLAGS = ("mla", "hybrid_mla", "kv_sharding", "all_cp_ranks")
 
@@ -38,24 +37,6 @@ def run(python: str, *arguments: str, questions: object = None) -> subprocess.Co
         [python, *arguments], env=environment, input=json.dumps(questions), capture_output=True, text=True,
         timeout=LIMIT_S, check=False,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def sglang_python() -> str:
-    """An interpreter with sglang 0.5.23; skips with the reason where there is none."""
-    python = os.environ.get("KVPOLL_SGLANG_PYTHON")
-    if not python:
-        pytest.skip("KVPOLL_SGLANG_PYTHON does not name an interpreter with sglang " + VERSION)
-    try:
-        asked = run(python, "-c", "import importlib.metadata as m; print(m.version('sglang')); import engine_on_cpu")
-    except OSError as error:
-        pytest.skip(f"KVPOLL_SGLANG_PYTHON={python} does not run: {error}")
-    found = asked.stdout.strip()
-    if found and found != VERSION:
-        pytest.skip(f"{python} has sglang {found}; the mapping is that of {VERSION}")
-    if asked.returncode:
-        pytest.skip(f"{python} cannot import sglang {VERSION}: {asked.stderr.strip().splitlines()[-1]}")
-    return python
 
 
 def answers(python: str, script: str, questions: list[dict[str, Any]], *arguments: str) -> list[Any]:
