@@ -100,7 +100,6 @@ class Host:
         self.last_answer: str | None = None
         self.moment: Callable[..., None] = lambda event, **fields: None
         self.emitted: list[Callable[[Any], None]] = []
-        self.on_sent: Callable[[], None] = lambda: None
         self.unsent = 0
         self.mla = mla
         self._token = token

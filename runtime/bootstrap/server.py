@@ -108,7 +108,6 @@ class BootstrapServer:
         self._token = None if token is None else f"Bearer {token}".encode()
         self._emit = emit or (lambda event: None)
         self._now = now
-        self._runner: web.AppRunner | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
