@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from kvpoll.runtime.host import Host
 from kvpoll.runtime.pools.aux_row import AuxRow
+from kvpoll.runtime.transfer import Key
 from kvpoll.spec.trace import Committed, Computed, Released, Reserved
 from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.agreement import FAILED, SUCCESS
@@ -71,7 +72,8 @@ class EnginePages(Pool):
         self.held[incarnation.pair] = held + fresh
         self.in_use += len(fresh)
         host = self.host
-        host.emit(Reserved(host.now, self.node, self.kind, incarnation, fresh))
+        if host.wants(Reserved):
+            host.emit(Reserved(host.now, self.node, self.kind, incarnation, fresh))
 
     def release(self, incarnation: Incarnation) -> None:
         """No byte of these pages will be read or written for the room any more."""
@@ -81,12 +83,22 @@ class EnginePages(Pool):
         self.quarantined.discard(incarnation.pair)
         self.in_use -= len(pages)
         host = self.host
-        host.emit(Released(host.now, self.node, self.kind, incarnation, pages, self.size - self.in_use))
+        if host.wants(Released):
+            host.emit(Released(host.now, self.node, self.kind, incarnation, pages, self.size - self.in_use))
         self._freed(incarnation.pair, pages)
 
 
-def _ignore(pair: Pair, what: str, detail: Any) -> None:
-    """Nobody listens yet."""
+class Listener:
+    """Whom a rank tells of its transfers. This one does not care."""
+
+    def polled(self, pair: Pair, name: str, cause: str | None) -> None:
+        """A room has another poll; ``cause`` where it has failed."""
+
+    def freed(self, pair: Pair, keys: Sequence[Key]) -> None:
+        """Memory is the engine's again."""
+
+    def over(self, pair: Pair) -> None:
+        """What the engine ordered with ``release`` is done."""
 
 
 def _request(rid: str, pair: Pair) -> Request:
@@ -98,7 +110,7 @@ class Sender(SenderRank):
     """A prefill rank that does what its engine says."""
 
     nobody = NOBODY
-    told: Callable[[Pair, str, Any], None] = staticmethod(_ignore)
+    listener = Listener()
 
     def __init__(self, engine: EmbeddedEngine, *place: Any) -> None:
         super().__init__(engine, *place)
@@ -148,7 +160,8 @@ class Sender(SenderRank):
         self.deliver("PagesReserved", own)
         entry.pages += pages
         chunk, entry.chunk = entry.chunk, entry.chunk + 1
-        self.host.emit(Computed(self.host.now, self.node, own, chunk))
+        if self.host.wants(Computed):
+            self.host.emit(Computed(self.host.now, self.node, own, chunk))
         self.post(entry, chunk, first, pages, last)
 
     def give_up(self, pair: Pair, cause: str) -> None:
@@ -166,7 +179,7 @@ class Sender(SenderRank):
             if self.poll(entry) not in ("Failed", "Success", "Retired", "Absent"):
                 self.deliver("AbortRequested", entry.incarnation, "released")
             self.deliver("Cleared", entry.incarnation)
-        self.told(pair, "over", None)
+        self.listener.over(pair)
 
     def leave(self, then: Callable[[], None] = lambda: None) -> None:
         """Take this rank out of the bootstrap server's table, for good; requests that are here go on."""
@@ -184,17 +197,18 @@ class Sender(SenderRank):
             self.real.unregister(self.engine.name)
 
     def refused(self, entry: SenderEntry) -> None:
-        self.told(entry.request.pair, "poll", ("Failed", entry.rejected))
+        self.listener.polled(entry.request.pair, "Failed", entry.rejected)
 
     def poll_changed(self, room: Room) -> None:
-        self.told(room.incarnation.pair, "poll", (room.local.poll, self.real.why(room)))
-        if room.local.poll == "Failed" and self.real.writes is not None:
-            self.real.writes.abort(room.incarnation.pair)
+        pair, poll = room.incarnation.pair, room.local.poll
+        self.listener.polled(pair, poll, self.real.why(room))
+        if poll == "Failed" and self.real.writes is not None:
+            self.real.writes.abort(pair)
         super().poll_changed(room)
 
     def _freed(self, pair: Pair, pages: tuple[int, ...]) -> None:
         self.aux_rows.pop(pair, None)
-        self.told(pair, "free", [("page", page) for page in pages])
+        self.listener.freed(pair, pages)
 
     def standing(self) -> tuple[bool, str]:
         """Can requests reach this rank, and how it is registered."""
@@ -213,7 +227,7 @@ class Receiver(ReceiverRank):
     """A decode rank that does what its engine says."""
 
     nobody = NOBODY
-    told: Callable[[Pair, str, Any], None] = staticmethod(_ignore)
+    listener = Listener()
 
     def __init__(self, engine: EmbeddedEngine, *place: Any) -> None:
         super().__init__(engine, *place)
@@ -271,8 +285,9 @@ class Receiver(ReceiverRank):
         entry = self.by_pair.get(pair)
         if entry is not None and entry.rejected is None and self.report(entry.incarnation).poll == SUCCESS:
             self.committed.add(pair)
-            owner = self.row_owners[entry.row]
-            self.host.emit(Committed(self.host.now, self.node, entry.incarnation, (), (), owner))
+            if self.host.wants(Committed):
+                owner = self.row_owners[entry.row]
+                self.host.emit(Committed(self.host.now, self.node, entry.incarnation, (), (), owner))
             self.deliver("Cleared", entry.incarnation)
 
     def finish(self, pair: Pair) -> None:
@@ -290,21 +305,21 @@ class Receiver(ReceiverRank):
             if self.report(own).poll != FAILED:
                 self.deliver("AbortRequested", own, "released")
             self.deliver("Cleared", own)
-        self.told(pair, "over", None)
+        self.listener.over(pair)
 
     def leave(self, then: Callable[[], None] = lambda: None) -> None:
         """Nobody lists a decode rank."""
         then()
 
     def refused(self, entry: ReceiverEntry) -> None:
-        self.told(entry.request.pair, "poll", ("Failed", entry.rejected))
+        self.listener.polled(entry.request.pair, "Failed", entry.rejected)
 
     def poll_changed(self, room: Room) -> None:
         pair, cause = room.incarnation.pair, self.real.why(room)
         entry = self.by_pair.get(pair)
         if entry is not None and cause == f"topology_{MISMATCH}":
             cause = f"{cause}: {self.real.misfits.get(entry.engine)}"
-        self.told(pair, "poll", (room.local.poll, cause))
+        self.listener.polled(pair, room.local.poll, cause)
         if room.local.poll == "Failed" and room.local.lease == "Draining":
             writes = self.real.writes
             if writes is not None and not writes.transport.caps.one_sided:
@@ -321,10 +336,10 @@ class Receiver(ReceiverRank):
                 self.receive_ack(own, peer.bit)
 
     def _freed(self, pair: Pair, pages: tuple[int, ...]) -> None:
-        self.told(pair, "free", [("page", page) for page in pages])
+        self.listener.freed(pair, pages)
 
     def _row_freed(self, pair: Pair, rows: tuple[int, ...]) -> None:
-        self.told(pair, "free", [("row", row) for row in rows])
+        self.listener.freed(pair, [~row for row in rows])
 
     def standing(self) -> tuple[bool, str]:
         """Can requests finish on this rank?"""

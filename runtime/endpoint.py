@@ -35,12 +35,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from kvpoll.runtime.bootstrap import RankInfo, Topology
 from kvpoll.runtime.control import messages as wire
 from kvpoll.runtime.control.plane import ControlPlane
-from kvpoll.runtime.embedded import EmbeddedEngine, Receiver, Sender
+from kvpoll.runtime.embedded import EmbeddedEngine, Listener, Receiver, Sender
 from kvpoll.runtime.host import Host
 from kvpoll.runtime.live_watch import LiveWatch, PresumedWrites
 from kvpoll.runtime.logs import Moments
@@ -59,7 +59,6 @@ from kvpoll.runtime.writes import Writes
 from kvpoll.spec.protocol import load
 from kvpoll.spec.source import BadInput
 from kvpoll.spec.trace import NodeStarted, Violated
-from kvpoll.spec.vocabulary import POLL_NUMBERS
 from kvpoll.statemachine.conduct import probes_ranks, watches_server
 from kvpoll.statemachine.ranks.host import rank_name
 
@@ -75,10 +74,11 @@ SETTLE_LIMIT_S: Final = 1.0
 """So long ``close`` waits for writes that were given up to become quiet, and for the bootstrap server's answer."""
 
 ROOM_MAX: Final = 2**63 - 1
+POLLS: Final = {poll.name: poll for poll in KVPoll}
 _numbers = itertools.count()
 
 
-class Endpoint:
+class Endpoint(Listener):
     """What both ends share: the thread, the memory, the transport. Use ``PrefillEndpoint`` or ``DecodeEndpoint``.
 
     node: this rank's name. epoch: this life of it. pool: its memory (``KVPool``). transfers: by (room, attempt), until
@@ -144,7 +144,7 @@ class Endpoint:
         watch = LiveWatch(host, self._violated) if settings.monitored else None
         self._make_memory(undo)
         self.rank = self._make_rank(EmbeddedEngine(host, self.engine_name, self.epoch, settings))
-        self.rank.told = self._told
+        self.rank.listener = self
         host.rank = self.rank
         if watch is not None and isinstance(self.rank, Receiver):
             self.rank.presumed = PresumedWrites(self.rank, watch.watch)
@@ -226,7 +226,7 @@ class Endpoint:
                 if transfer.poll() not in (KVPoll.Failed, KVPoll.Success):
                     transfer.move(KVPoll.Failed, "internal_error")
                 if transfer.pair not in self.rank.pages.held:  # what was claimed never came as far as the rank
-                    self._told(transfer.pair, "free", transfer.keys())
+                    self.freed(transfer.pair, transfer.keys())
             raise
 
     def refuse_own_thread(self, what: str) -> None:
@@ -234,27 +234,33 @@ class Endpoint:
         if threading.current_thread() is self._thread:
             raise TransferError(f"{what} was called in a callback and would wait for itself; call it in another thread")
 
-    def claim(self, transfer: Transfer, keys: Sequence[Key]) -> None:
+    def claim(self, transfer: Transfer, pages: tuple[int, ...], row: int | None = None) -> None:
         """This memory belongs to this transfer until it is free. Raises TransferError when some of it cannot."""
-        layout = self.settings.layout
-        sizes = {"page": layout.pages, "row": layout.rows}
+        keys = pages if row is None else (*pages, ~row)
+        layout, pair = self.settings.layout, transfer.pair
         with self._lock:
             if self.is_closed:
                 raise TransferError(f"{self.node} is closed")
+            claims = self._claims
+            for number in pages:
+                if not 0 <= number < layout.pages:
+                    raise TransferError(f"page {number} is outside the pool of {layout.pages} pages")
+            if row is not None and not 0 <= row < layout.rows:
+                raise TransferError(f"row {row} is outside the pool of {layout.rows} rows")
             for key in keys:
-                kind, number = key
-                if not 0 <= number < sizes[kind]:
-                    raise TransferError(f"{kind} {number} is outside the pool of {sizes[kind]} {kind}s")
-                holder = self._claims.get(key)
-                if holder == transfer.pair:
-                    raise TransferError(f"{kind} {number} was given to {transfer.rid} before; it is sent once")
-                if holder is not None:
-                    room, attempt = holder
-                    raise TransferError(
-                        f"{kind} {number} is still held by room {room} attempt {attempt}: wait for its pages_free"
-                    )
-            self._claims.update(dict.fromkeys(keys, transfer.pair))
+                if key in claims:
+                    self._refuse(transfer, key)
+            for key in keys:
+                claims[key] = pair
             transfer.take(keys)
+
+    def _refuse(self, transfer: Transfer, key: Key) -> NoReturn:
+        """Memory cannot be claimed, because it was before."""
+        named = f"page {key}" if key >= 0 else f"row {~key}"
+        if self._claims[key] == transfer.pair:
+            raise TransferError(f"{named} was given to {transfer.rid} before; it is sent once")
+        room, attempt = self._claims[key]
+        raise TransferError(f"{named} is still held by room {room} attempt {attempt}: wait for its pages_free")
 
     def _open(self, transfer: Transfer) -> None:
         room, attempt = transfer.pair
@@ -367,36 +373,46 @@ class Endpoint:
                 self.host.tell(node, wire.Goodbye("closed"), "Goodbye", self.rank.nobody)
         self.host.loop.stop()
 
-    def _told(self, pair: tuple[int, int], what: str, detail: Any) -> None:
-        """The rank tells of a transfer: "poll" (name, cause), "free" (keys), "over"."""
+    def polled(self, pair: tuple[int, int], name: str, cause: str | None) -> None:
+        """A room has another poll."""
         transfer = self.transfers.get(pair)
-        if what == "poll":
-            name, cause = detail
-            if transfer is not None and name in POLL_NUMBERS:
-                self._moved(transfer, name, cause)
-            return
-        if what == "free":
-            with self._lock:
-                for key in detail:
-                    if self._claims.get(key) == pair:
-                        del self._claims[key]
-            if transfer is not None:
-                transfer.give_back(detail)
-                if transfer.poll() == KVPoll.Failed and detail and detail[0][0] == "page":
-                    self.log("released", pair, rid=transfer.rid, pages=len(detail))
-        if transfer is not None and what == "over":
-            transfer.finish()
-        if transfer is not None and transfer.forget():
-            self.transfers.pop(pair, None)
+        poll = POLLS.get(name)
+        if transfer is not None and poll is not None:
+            self._moved(transfer, poll, cause)
 
-    def _moved(self, transfer: Transfer, name: str, cause: str | None) -> None:
-        self.metrics.moved(transfer, name, cause)
-        transfer.move(KVPoll(POLL_NUMBERS[name]), cause)
-        if name == "Failed":
+    def freed(self, pair: tuple[int, int], keys: Sequence[Key]) -> None:
+        """Memory is the engine's again."""
+        claims = self._claims
+        with self._lock:
+            for key in keys:
+                if claims.get(key) == pair:
+                    del claims[key]
+        transfer = self.transfers.get(pair)
+        if transfer is not None:
+            transfer.give_back(keys)
+            if transfer.poll() is KVPoll.Failed and keys and keys[0] >= 0:
+                self.log("released", pair, rid=transfer.rid, pages=len(keys))
+            self._forget(transfer)
+
+    def over(self, pair: tuple[int, int]) -> None:
+        """What the engine ordered with ``release`` is done."""
+        transfer = self.transfers.get(pair)
+        if transfer is not None:
+            transfer.finish()
+            self._forget(transfer)
+
+    def _forget(self, transfer: Transfer) -> None:
+        if transfer.forget():
+            self.transfers.pop(transfer.pair, None)
+
+    def _moved(self, transfer: Transfer, poll: KVPoll, cause: str | None) -> None:
+        self.metrics.moved(transfer, poll, cause)
+        transfer.move(poll, cause)
+        if poll is KVPoll.Failed:
             self.log("failed", transfer.pair, rid=transfer.rid, cause=cause)
             if not transfer.pages_free:
                 self.log("quarantined", transfer.pair, rid=transfer.rid, cause=cause, pages=transfer.pages_held())
-        elif name == "Success":
+        elif poll is KVPoll.Success:
             self.log("succeeded", transfer.pair, rid=transfer.rid)
 
     def _violated(self, event: Violated) -> None:

@@ -125,6 +125,10 @@ class Host:
         """Seconds since the start of the trace."""
         return self.loop.now
 
+    def wants(self, event_type: type[Any]) -> bool:
+        """Does a recorder, a monitor or a gauge listen for this type?"""
+        return bool(self.emitted or self._observers[event_type])
+
     def emit(self, event: Any) -> None:
         """Tell recorder, monitors and gauges what happened here."""
         if self.watch_due is not None and event.t > self.watch_due.due:
@@ -197,8 +201,10 @@ class Host:
     def why(self, room: Room) -> str | None:
         """Why a room failed: its first cause, and what a transport or the peer said of it; None where it has none."""
         cause = room.local.cause
+        if cause is None:
+            return None
         more = self.reasons.get(room.incarnation.pair) or self.peer_causes.get(room.incarnation.pair)
-        return cause if cause is None or more is None else f"{cause}: {more}"
+        return cause if more is None else f"{cause}: {more}"
 
     def note(self, pair: tuple[int, int], reason: str, told: dict[tuple[int, int], str]) -> None:
         """Keep the first thing that was said of a room; the oldest are forgotten when there are many."""

@@ -23,8 +23,8 @@ from kvpoll.spec.source import BadInput
 if TYPE_CHECKING:
     from kvpoll.runtime.endpoint import Endpoint
 
-Key = tuple[str, int]
-"""("page", 3) or ("row", 0): memory of this rank that one transfer holds."""
+Key = int
+"""Memory of this rank that one transfer holds: ``n`` is page n, ``~n`` (below 0) is aux row n."""
 
 _log = logging.getLogger("kvpoll.runtime")
 
@@ -65,6 +65,7 @@ class Transfer:
         self.on_poll = on_poll
         self.on_pages_free = on_pages_free
         self.admitted_s = time.monotonic()
+        self.ready_s: float | None = None
         self.was_exposed = False
         self.given_up_as: str | None = None
         self._poll = KVPoll.Bootstrapping
@@ -73,8 +74,8 @@ class Transfer:
         self._is_released = False
         self._is_finished = False
         self._is_forgotten = False
-        self._changed = threading.Condition()
-        self._awaiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._giving = threading.Lock()
+        self._waiters: list[Callable[[], None]] = []
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.rid} {self._poll.name} on {self.endpoint.node}>"
@@ -101,7 +102,7 @@ class Transfer:
 
     def pages_held(self) -> int:
         """How many pages it holds."""
-        return sum(kind == "page" for kind, _ in list(self._held))
+        return sum(key >= 0 for key in self.keys())
 
     @property
     def is_over(self) -> bool:
@@ -115,15 +116,28 @@ class Transfer:
         """
         self.endpoint.refuse_own_thread("wait")
         wanted = {*polls, KVPoll.Failed, KVPoll.Success}
-        with self._changed:
-            self._changed.wait_for(lambda: self._poll in wanted, timeout_s)
+        self._wait_for(lambda: self._poll in wanted, timeout_s)
         return self._poll
 
     def wait_pages_free(self, timeout_s: float) -> bool:
         """Block until the pages may be used again, or the time is over. Raises TransferError in a callback."""
         self.endpoint.refuse_own_thread("wait_pages_free")
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._held, timeout_s)
+        return self._wait_for(lambda: not self._held, timeout_s)
+
+    def _wait_for(self, holds: Callable[[], bool], timeout_s: float) -> bool:
+        """Block until it holds, or the time is over; does it hold?"""
+        end_s = time.monotonic() + timeout_s
+        changed = threading.Event()
+        self._waiters.append(changed.set)  # first: what changes after the look below is told
+        try:
+            while not holds():
+                left_s = end_s - time.monotonic()
+                if left_s <= 0 or not changed.wait(left_s):
+                    return holds()
+                changed.clear()
+            return True
+        finally:
+            self._waiters.remove(changed.set)
 
     async def reached(self, *polls: KVPoll) -> KVPoll:
         """Await one of these polls, Failed or Success. Bound it with ``asyncio.timeout`` where that is wanted."""
@@ -136,14 +150,19 @@ class Transfer:
         await self._until(lambda: not self._held)
 
     async def _until(self, holds: Callable[[], bool]) -> None:
-        mine = (asyncio.get_running_loop(), asyncio.Event())
-        self._awaiting.append(mine)
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(changed.set)
+
+        self._waiters.append(wake)
         try:
             while not holds():
-                await mine[1].wait()
-                mine[1].clear()
+                await changed.wait()
+                changed.clear()
         finally:
-            self._awaiting.remove(mine)
+            self._waiters.remove(wake)
 
     # -- what the engine orders
 
@@ -151,7 +170,7 @@ class Transfer:
         """Give up. The peer is told at once; ``release`` is still to be called. Of what has failed or succeeded it
         changes nothing, but that a Success which was not committed cannot be any more.
         """
-        with self._changed:
+        with self._giving:
             if self._is_released:
                 return
             if self.given_up_as is None:
@@ -163,7 +182,7 @@ class Transfer:
 
         The pages come back as ever: when they are proven quiet. A second release does nothing.
         """
-        with self._changed:
+        with self._giving:
             if self._is_released:
                 return
             self._is_released = True
@@ -191,13 +210,10 @@ class Transfer:
 
     def give_back(self, keys: Sequence[Key]) -> None:
         """Memory is free again. From the endpoint's thread."""
-        with self._changed:
-            had = bool(self._held)
-            self._held.difference_update(keys)
-            is_free = had and not self._held
-            if is_free:
-                self._changed.notify_all()
-        if is_free:
+        if not self._held:
+            return
+        self._held.difference_update(keys)
+        if not self._held:
             self._wake()
             self._call(self.on_pages_free, self)
 
@@ -205,10 +221,8 @@ class Transfer:
         """The room has another poll. From the endpoint's thread. That a room was opened is no news to its engine."""
         if poll == self._poll:
             return
-        with self._changed:
-            self._poll = poll
-            self._cause = cause if poll == KVPoll.Failed else None
-            self._changed.notify_all()
+        self._cause = cause if poll == KVPoll.Failed else None
+        self._poll = poll  # after the cause, which whoever sees Failed may ask for
         self._wake()
         self._call(self.on_poll, self, poll)
 
@@ -231,9 +245,9 @@ class Transfer:
             _log.exception("%s: a callback of %s failed", self.endpoint.node, self.rid)
 
     def _wake(self) -> None:
-        for loop, event in list(self._awaiting):
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(event.set)
+        if self._waiters:
+            for wake in list(self._waiters):
+                wake()
 
 
 class PrefillTransfer(Transfer):
@@ -272,12 +286,12 @@ class PrefillTransfer(Transfer):
                 aux_row.pack(row)
             except BadInput as error:
                 raise TransferError(f"send: {error}") from None
-        with self._changed:
+        with self._giving:
             if self._sent_last:
                 raise TransferError(f"send: {self.rid} has sent its last pages already; it can only be released")
             if not self._may_give("send", given):
                 return False
-            self.endpoint.claim(self, [("page", page) for page in given])
+            self.endpoint.claim(self, given)
             self._sent_last = last
             self.was_exposed = True
         self._order(self.endpoint.sender.send_chunk, self.pair, given, last, row)
@@ -303,12 +317,12 @@ class DecodeTransfer(Transfer):
         given = tuple(map(int, pages))
         if not given:
             raise TransferError(f"publish: no pages of {self.rid}; what decode has in its cache needs no transfer")
-        with self._changed:
+        with self._giving:
             if self.row is not None:
                 raise TransferError(f"publish: {self.rid} was published already; prefill may be writing to its pages")
             if not self._may_give("publish", given):
                 return False
-            self.endpoint.claim(self, [*(("page", page) for page in given), ("row", row)])
+            self.endpoint.claim(self, given, row)
             self.row = row
             self.was_exposed = True
         self._order(self.endpoint.receiver.publish_to, self.pair, given, row)
@@ -320,7 +334,7 @@ class DecodeTransfer(Transfer):
 
         Raises TransferError unless Success, or when this engine has aborted or released it before.
         """
-        with self._changed:
+        with self._giving:
             if self._is_committed:
                 return
             if self._poll != KVPoll.Success:

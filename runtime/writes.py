@@ -12,11 +12,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import numpy as np
-
 from kvpoll.runtime.pools import aux_row
 from kvpoll.runtime.pools.layout import Layout, mismatch
-from kvpoll.runtime.pools.plan import aux_copy, copies
+from kvpoll.runtime.pools.plan import Copier, copier
 from kvpoll.runtime.transports.interface import Copies, Tag, Transport, TransportError
 from kvpoll.spec.source import BadInput
 from kvpoll.spec.trace import WriteLanded, WritePosted, WriteSettled
@@ -58,7 +56,7 @@ class Writes:
         self._pending: dict[int, _Write] = {}
         self._unsettled: dict[int, _Write] = {}
         self._rows = list(range(pool.layout.rows))
-        self._layouts: dict[bytes, Layout] = {}
+        self._copiers: dict[bytes, Copier] = {}
         self._judged: dict[tuple[Any, ...], str | None] = {}
         self._starved: deque[tuple[Any, ...]] = deque()
         self._given_up: set[int] = set()
@@ -76,7 +74,7 @@ class Writes:
                 self._judged.clear()
             descriptor, encoded, epoch = destination.memory
             try:
-                found = mismatch(self.pool.layout, self._layout(encoded))
+                found = mismatch(self.pool.layout, Layout.from_bytes(encoded))
                 self.transport.connect(descriptor, destination.node, epoch)
             except (BadInput, TransportError, ValueError) as error:
                 found = str(error)
@@ -106,10 +104,11 @@ class Writes:
         row = self._rows.pop() if last and self._rows else None
         target_row = destination.row if last else None
         own = destination.incarnation
-        posted = WritePosted(
-            host.now, host.node, serial, own, destination.node, chunk, last, pages, targets, target_row
-        )
-        host.emit(posted)
+        if host.wants(WritePosted):
+            posted = WritePosted(
+                host.now, host.node, serial, own, destination.node, chunk, last, pages, targets, target_row
+            )
+            host.emit(posted)
         try:
             peer, ranges = self._ranges(destination, pages, targets, row, first + len(pages))
             handle = self.transport.post(peer, ranges, Tag(destination.incarnation, serial))
@@ -119,8 +118,9 @@ class Writes:
             self._free(row)
             host.loop.soon(self._refused, serial, done)
             return
-        self._pending[handle] = _Write(serial, destination, targets, row, ranges.total, done)
-        self.wake()
+        write = self._pending[handle] = _Write(serial, destination, targets, row, ranges.total, done)
+        if self.transport.poll(handle).state != "pending":  # it was small, and is over already
+            host.loop.soon(self._look, handle, write)
 
     def _refused(self, serial: int, done: Done) -> None:
         """Nothing was sent, so nothing is in flight: failed and settled are one moment."""
@@ -129,27 +129,27 @@ class Writes:
         self._settle(serial, False)
         done("settled")
 
-    def _layout(self, encoded: bytes) -> Layout:
-        layout = self._layouts.get(encoded)
-        if layout is None:
-            if len(self._layouts) >= PEERS_KEPT:
-                self._layouts.clear()
-            layout = self._layouts[encoded] = Layout.from_bytes(encoded)
-        return layout
+    def _copier(self, encoded: bytes) -> Copier:
+        """From this pool to one of this layout. Raises BadInput when that cannot be."""
+        known = self._copiers.get(encoded)
+        if known is None:
+            if len(self._copiers) >= PEERS_KEPT:
+                self._copiers.clear()
+            known = self._copiers[encoded] = copier(self.pool.layout, Layout.from_bytes(encoded))
+        return known
 
     def _ranges(
         self, destination: Destination, pages: tuple[int, ...], targets: tuple[int, ...], row: int | None, sent: int
     ) -> tuple[Any, Copies]:
         descriptor, encoded, epoch = destination.memory
-        layout = self._layout(encoded)
+        known = self._copier(encoded)
         peer = self.transport.connect(descriptor, destination.node, epoch)
-        ranges = copies(self.pool.layout, layout, pages, targets)
         if row is None:
-            return peer, ranges
+            return peer, known.copies(pages, targets)
         room, attempt, _ = destination.incarnation
         said = self.rows_said.get((room, attempt), aux_row.AuxRow(room, attempt, 0, 0, 0, 0))
         self.pool.put_row(row, aux_row.pack(said._replace(pages=sent)))
-        return peer, joined(ranges, aux_copy(self.pool.layout, layout, row, destination.row))
+        return peer, known.copies(pages, targets, (row, destination.row))
 
     # -- what became of them
 
@@ -162,17 +162,23 @@ class Writes:
     def _poll(self) -> None:
         self._is_polling = False
         for handle, write in list(self._pending.items()):
-            progress = self.transport.poll(handle)
-            if progress.state == "pending":
-                continue
-            del self._pending[handle]
-            if progress.state == "done":
-                self._completed(handle, write)
-            else:
-                self._failed(handle, write, progress.reason, progress.drained)
+            self._look(handle, write)
         for handle, write in list(self._unsettled.items()):
             if self.transport.poll(handle).drained:
                 self._drained(handle, write)
+
+    def _look(self, handle: int, write: _Write) -> None:
+        """Has a write ended that was pending?"""
+        if handle not in self._pending:
+            return
+        progress = self.transport.poll(handle)
+        if progress.state == "pending":
+            return
+        del self._pending[handle]
+        if progress.state == "done":
+            self._completed(handle, write)
+        else:
+            self._failed(handle, write, progress.reason, progress.drained)
 
     def _completed(self, handle: int, write: _Write) -> None:
         host, destination = self.host, write.destination
@@ -180,7 +186,8 @@ class Writes:
         self.transport.forget(handle)
         self.bytes_done += write.nbytes
         self._free(write.row)
-        host.emit(WriteLanded(host.now, destination.node, write.serial, destination.incarnation, write.pages))
+        if host.wants(WriteLanded):
+            host.emit(WriteLanded(host.now, destination.node, write.serial, destination.incarnation, write.pages))
         self._settle(write.serial, True)
         write.done("completed")
 
@@ -215,9 +222,5 @@ class Writes:
             self.post(*self._starved.popleft())
 
     def _settle(self, serial: int, ok: bool) -> None:
-        self.host.emit(WriteSettled(self.host.now, self.host.node, serial, ok))
-
-
-def joined(left: Copies, right: Copies) -> Copies:
-    """All ranges of both."""
-    return Copies(*(np.concatenate(pair) for pair in zip(left, right, strict=True)))
+        if self.host.wants(WriteSettled):
+            self.host.emit(WriteSettled(self.host.now, self.host.node, serial, ok))

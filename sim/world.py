@@ -121,6 +121,10 @@ class World:
 
     # -- telling
 
+    def wants(self, event_type: type[Any]) -> bool:
+        """Yes: whatever the type, the watch learns the time from it."""
+        return True
+
     def emit(self, event: Any) -> None:
         """Tell invariants and recorder what happened; deadlines that passed before it are judged first."""
         if event.t > self.watch.due:

@@ -261,6 +261,7 @@ MESSAGES: Final[tuple[type[msgspec.Struct], ...]] = Message.__args__
 _TAGS: Final = frozenset(kind.__struct_config__.tag for kind in MESSAGES)
 
 _encode: Final = msgspec.msgpack.Encoder().encode
+_decode: Final = msgspec.msgpack.Decoder(tuple[Envelope, Message]).decode
 _decode_pair: Final = msgspec.msgpack.Decoder(tuple[Envelope, msgspec.Raw]).decode
 _decode_message: Final = msgspec.msgpack.Decoder(Message).decode
 _UNREADABLE: Final = (ValueError, RecursionError)  # msgspec.DecodeError and UnicodeDecodeError are ValueErrors
@@ -299,7 +300,7 @@ def encode(envelope: Envelope, message: Message, token: bytes | None = None) -> 
 
 def _verify(body: bytes) -> None:
     """Constructors check no types, so what was written is read once more: what passes here passes at the receiver."""
-    _decode_message(_decode_pair(body)[1])
+    _decode(body)
 
 
 def _cut(message: Message) -> Message | None:
@@ -345,14 +346,23 @@ def decode(frames: Sequence[bytes], token: bytes | None = None) -> tuple[Envelop
     if not hmac.compare_digest(frame[len(_OURS) : HEAD_BYTES], _seal(token, body)):
         raise MalformedMessage("wrong_token", "sealed by another cluster" if token else "sealed, but we have no token")
     try:
+        return _decode(body)
+    except _UNREADABLE:
+        raise _unreadable(body) from None
+
+
+def _unreadable(body: bytes) -> MalformedMessage:
+    """Why this is no message, and whose it was if the envelope can be read."""
+    try:
         envelope, raw = _decode_pair(body)
     except _UNREADABLE as error:
-        raise MalformedMessage("malformed", f"envelope: {_line(error)}") from None
+        return MalformedMessage("malformed", f"envelope: {_line(error)}")
     try:
-        return envelope, _decode_message(raw)
+        _decode_message(raw)
     except _UNREADABLE as error:
         reason = "malformed" if _known_tag(bytes(raw)) else "unknown_type"
-        raise MalformedMessage(reason, _line(error), envelope) from None
+        return MalformedMessage(reason, _line(error), envelope)
+    return MalformedMessage("malformed", "more follows the message", envelope)
 
 
 def _known_tag(body: bytes) -> bool:

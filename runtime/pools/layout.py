@@ -77,7 +77,7 @@ class Layout:
         if problem:
             raise BadInput(f"KV layout: {problem}")
 
-    @property
+    @functools.cached_property
     def parts(self) -> tuple[str, ...]:
         """Planes of one layer."""
         return ("latent",) if self.kind == "mla" else ("k", "v")
@@ -92,7 +92,7 @@ class Layout:
         """Where each plane stands in ``planes``."""
         return {plane: index for index, plane in enumerate(self.planes)}
 
-    @property
+    @functools.cached_property
     def local_heads(self) -> int:
         """Heads that this rank keeps."""
         return 1 if self.kind == "mla" else max(1, self.heads // self.tp_size)
@@ -106,16 +106,16 @@ class Layout:
         """Global number of the first head that another TP rank of this engine keeps."""
         return 0 if self.kind == "mla" else tp_rank * self.heads // self.tp_size
 
-    @property
+    @functools.cached_property
     def element_bytes(self) -> int:
         return ELEMENT_BYTES[self.dtype]
 
-    @property
+    @functools.cached_property
     def head_bytes(self) -> int:
         """One head of one token of one plane."""
         return self.head_dim * self.element_bytes
 
-    @property
+    @functools.cached_property
     def page_bytes(self) -> int:
         """One page of one plane."""
         return self.page_tokens * self.local_heads * self.head_bytes
@@ -126,25 +126,25 @@ class Layout:
         tokens, heads = self.page_tokens, self.local_heads
         return (heads, tokens, self.head_dim) if self.order == "HND" else (tokens, heads, self.head_dim)
 
-    @property
+    @functools.cached_property
     def plane_bytes(self) -> int:
         return self.pages * self.page_bytes
 
-    @property
+    @functools.cached_property
     def layer_bytes(self) -> int:
         """All planes of one layer."""
         return self.plane_bytes * len(self.parts)
 
-    @property
+    @functools.cached_property
     def kv_bytes(self) -> int:
         """All planes; the offset of the first aux row."""
         return self.layer_bytes * len(self.layers)
 
-    @property
+    @functools.cached_property
     def aux_bytes(self) -> int:
         return self.rows * self.row_bytes
 
-    @property
+    @functools.cached_property
     def total_bytes(self) -> int:
         return self.kv_bytes + self.aux_bytes
 

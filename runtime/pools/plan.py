@@ -8,14 +8,16 @@ Two cases need saying. MLA: TP ranks hold the same latent vectors; the first con
 share. Replicated heads (TP beyond the number of KV heads): contacted ranks with the same head divide the tokens of the
 page between them, where SGLang 0.5.23 lets each of them write all of it.
 
-Arrays only: a plan of 100,000 ranges is computed without a Python loop over pages or layers.
+A plan of 100,000 ranges is computed by arrays, without a Python loop over pages or layers. One of a few ranges is
+computed by such a loop, which has ended before numpy has begun.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from operator import index
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,12 @@ from kvpoll.spec.source import BadInput
 from kvpoll.statemachine.mapping import Sizes, map_ranks
 
 Pages = Sequence[int] | NDArray[np.integer]
+
+Columns = Sequence[Any]
+"""Source, target and length of ranges: three lists, or three arrays."""
+
+FEW_RANGES: Final = 64
+"""Up to so many ranges a loop is quicker than arrays."""
 
 
 class Share(NamedTuple):
@@ -88,40 +96,104 @@ def gap(sources: Iterable[Layout], target: Layout) -> str | None:
     return None
 
 
-def copies(source: Layout, target: Layout, source_pages: Pages, target_pages: Pages) -> Copies:
-    """The ranges that fill ``target_pages`` of a decode rank from ``source_pages`` of a prefill rank, page by page.
+class Copier:
+    """The copies from one prefill rank's pool to one decode rank's, for any set of pages.
 
-    Offsets are those of the two layouts. Ranges do not overlap in the target and never cross from one plane into the
-    next; whole pages that follow one another on both sides are one range. Empty when ``source`` has no share.
-
-    Raises BadInput when layouts do not fit, a page is outside its pool, a target page is named twice, or the two
-    lists have different lengths.
+    Raises BadInput when the layouts do not fit.
     """
-    part = share(source, target)
-    here, there = _checked(source, source_pages, "prefill"), _checked(target, target_pages, "decode")
-    if len(here) != len(there):
-        raise BadInput(f"pages: {len(here)} of prefill for {len(there)} of decode; each page needs its destination")
-    order = np.argsort(there)
-    here, there = here[order], there[order]
-    if (there[1:] == there[:-1]).any():
-        twice = there[1:][there[1:] == there[:-1]][0]
-        raise BadInput(f"pages: decode's page {twice} is named twice; each page holds one page of the prompt")
-    if part is None or not len(here):
-        return EMPTY
-    return _ranges(source, target, part, here, there)
+
+    def __init__(self, source: Layout, target: Layout) -> None:
+        self.source, self.target = source, target
+        part = share(source, target)
+        nothing = np.empty(0, dtype=np.int64)
+        self._ours, self._theirs, self._nbytes = (
+            (nothing, nothing, 0) if part is None else _pieces(source, target, part)
+        )
+        self._planes = [nothing if part is None else _planes(layout, part) for layout in (source, target)]
+        self._is_whole = self._nbytes == source.page_bytes == target.page_bytes
+        self._of_page: list[tuple[int, int]] = []
+        if len(self._planes[0]) * len(self._ours) <= FEW_RANGES:
+            planes = zip(*(each.tolist() for each in self._planes), strict=True)
+            pieces = list(zip(self._ours.tolist(), self._theirs.tolist(), strict=True))
+            self._of_page = [(at + here, to + there) for at, to in planes for here, there in pieces]
+
+    def copies(self, source_pages: Pages, target_pages: Pages, rows: tuple[int, int] | None = None) -> Copies:
+        """The ranges that fill ``target_pages`` of the decode rank from ``source_pages`` of the prefill rank, and the
+        one that carries aux row ``rows[0]`` to ``rows[1]``. Which of several prefill ranks sends the row, the caller
+        decides: see ``writes_aux``.
+
+        Offsets are those of the two layouts. Ranges do not overlap in the target and never cross from one plane into
+        the next; whole pages that follow one another on both sides are one range. Without pages when ``source`` has no
+        share.
+
+        Raises BadInput when a page or row is outside its pool, a target page is named twice, or the two lists have
+        different lengths.
+        """
+        columns = self._few(source_pages, target_pages) or self._many(source_pages, target_pages)
+        if rows is not None:
+            columns = self._with_row(columns, *rows)
+        return Copies(*(np.asarray(column, np.int64) for column in columns))
+
+    def _few(self, source_pages: Pages, target_pages: Pages) -> Columns | None:
+        """The ranges by a loop; None when they are many, and when there is something wrong with the pages."""
+        count = len(target_pages)
+        if count != len(source_pages) or not 0 < count * len(self._of_page) <= FEW_RANGES:
+            return None
+        try:
+            pairs = sorted(zip(map(index, target_pages), map(index, source_pages), strict=True))
+        except TypeError:
+            return None
+        here_pages, there_pages = self.source.pages, self.target.pages
+        runs: list[list[int]] = []
+        here = there = -2
+        for after_there, after_here in pairs:
+            if after_there == there or not (0 <= after_there < there_pages and 0 <= after_here < here_pages):
+                return None
+            if self._is_whole and after_there == there + 1 and after_here == here + 1:
+                runs[-1][2] += self._nbytes
+            else:
+                runs.append([after_here, after_there, self._nbytes])
+            here, there = after_here, after_there
+        here_bytes, there_bytes = self.source.page_bytes, self.target.page_bytes
+        ranges = [
+            (here * here_bytes + ours, there * there_bytes + theirs, nbytes)
+            for here, there, nbytes in runs
+            for ours, theirs in self._of_page
+        ]
+        return tuple(map(list, zip(*ranges, strict=True)))
+
+    def _many(self, source_pages: Pages, target_pages: Pages) -> Columns:
+        """All planes x all pages x the pieces of a page, or x runs of whole pages where a page is one piece."""
+        here, there = _checked(self.source, source_pages, "prefill"), _checked(self.target, target_pages, "decode")
+        if len(here) != len(there):
+            raise BadInput(f"pages: {len(here)} of prefill for {len(there)} of decode; each page needs its destination")
+        order = np.argsort(there)
+        here, there = here[order], there[order]
+        if (there[1:] == there[:-1]).any():
+            twice = there[1:][there[1:] == there[:-1]][0]
+            raise BadInput(f"pages: decode's page {twice} is named twice; each page holds one page of the prompt")
+        lengths = np.full(1, self._nbytes, dtype=np.int64)
+        if self._is_whole and len(here):
+            first = np.flatnonzero(np.r_[True, (np.diff(here) != 1) | (np.diff(there) != 1)])
+            lengths = np.diff(np.r_[first, len(here)]) * self._nbytes
+            here, there = here[first], there[first]
+        ours, theirs = (planes[:, None, None] for planes in self._planes)
+        at_source = ours + (here * self.source.page_bytes)[:, None] + self._ours
+        at_target = theirs + (there * self.target.page_bytes)[:, None] + self._theirs
+        nbytes = np.broadcast_to(lengths[:, None], at_target.shape)
+        return at_source.ravel(), at_target.ravel(), nbytes.ravel()
+
+    def _with_row(self, columns: Columns, source_row: int, target_row: int) -> Columns:
+        row = (self.source.row_offset(source_row), self.target.row_offset(target_row), self.source.row_bytes)
+        if isinstance(columns[0], list):
+            return tuple([*column, last] for column, last in zip(columns, row, strict=True))
+        return tuple(np.append(column, last) for column, last in zip(columns, row, strict=True))
 
 
-def aux_copy(source: Layout, target: Layout, source_row: int, target_row: int) -> Copies:
-    """The one range that carries an aux row. Who of several prefill ranks sends it, the caller decides: see
-    ``writes_aux``. Raises BadInput when a row is outside its pool or rows differ in size.
-    """
-    if source.row_bytes != target.row_bytes:
-        raise BadInput(f"KV layouts: {mismatch(source, target)}")
-    return Copies(
-        np.array([source.row_offset(source_row)], dtype=np.int64),
-        np.array([target.row_offset(target_row)], dtype=np.int64),
-        np.array([source.row_bytes], dtype=np.int64),
-    )
+@functools.lru_cache(maxsize=1024)
+def copier(source: Layout, target: Layout) -> Copier:
+    """The one for these two layouts. Raises BadInput when they do not fit."""
+    return Copier(source, target)
 
 
 def writes_aux(source: Layout, target: Layout) -> bool:
@@ -134,14 +206,6 @@ def writes_aux(source: Layout, target: Layout) -> bool:
     return source.tp_rank == mapping.tp_ranks[0] and target.layers[-1] in source.layers
 
 
-def _empty() -> Copies:
-    nothing = np.empty(0, dtype=np.int64)
-    return Copies(nothing, nothing, nothing)
-
-
-EMPTY = _empty()
-
-
 def _checked(layout: Layout, pages: Pages, side: str) -> Offsets:
     """Page numbers as int64 [n], all inside the pool."""
     numbers = np.asarray(pages)
@@ -152,20 +216,6 @@ def _checked(layout: Layout, pages: Pages, side: str) -> Offsets:
     if len(outside):
         raise BadInput(f"pages: {side}'s page {outside[0]} is outside its pool of {layout.pages} pages")
     return numbers
-
-
-def _ranges(source: Layout, target: Layout, part: Share, here: Offsets, there: Offsets) -> Copies:
-    """All planes x all pages x the pieces of a page, or x runs of whole pages where a page is one piece."""
-    ours, theirs, size = _pieces(source, target, part)
-    pages = np.full(1, size, dtype=np.int64)
-    if size == source.page_bytes == target.page_bytes:
-        first = np.flatnonzero(np.r_[True, (np.diff(here) != 1) | (np.diff(there) != 1)])
-        pages = np.diff(np.r_[first, len(here)]) * size
-        here, there = here[first], there[first]
-    at_source = _planes(source, part)[:, None, None] + (here * source.page_bytes)[:, None] + ours
-    at_target = _planes(target, part)[:, None, None] + (there * target.page_bytes)[:, None] + theirs
-    nbytes = np.broadcast_to(pages[:, None], at_target.shape)
-    return Copies(at_source.ravel(), at_target.ravel(), nbytes.ravel())
 
 
 def _planes(layout: Layout, part: Share) -> Offsets:

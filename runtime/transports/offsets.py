@@ -6,6 +6,7 @@ whole arrays, without a loop over pages.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Literal
 
@@ -32,6 +33,9 @@ class Space:
         self.ends: Integers = np.cumsum(self.sizes)
         self.starts: Integers = self.ends - self.sizes
         self.addresses: Integers = self.starts if addresses is None else np.array(addresses, np.int64)
+        self._starts: list[int] = self.starts.tolist()
+        self._ends: list[int] = self.ends.tolist()
+        self._shifts: list[int] = (self.addresses - self.starts).tolist()
 
     @classmethod
     def of(cls, regions: Sequence[Region]) -> Space:
@@ -61,6 +65,13 @@ class Space:
                 f"registered region ({len(self.sizes)} regions, {self.total} bytes)"
             )
         return region
+
+    def address_of(self, offset: int, nbytes: int) -> int | None:
+        """Address of one range, or None when no region holds it whole: ``regions_of`` and ``addresses_of`` of one."""
+        region = bisect_right(self._starts, offset) - 1
+        if region < 0 or nbytes <= 0 or offset + nbytes > self._ends[region]:
+            return None
+        return offset + self._shifts[region]
 
     def addresses_of(self, offsets: Offsets, regions: Integers) -> Integers:
         """Addresses of offsets that lie in these regions, int64[n]."""

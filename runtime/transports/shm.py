@@ -16,7 +16,7 @@ from typing import Final
 
 from kvpoll.runtime.transports import shm_wire
 from kvpoll.runtime.transports.copy_plan import Plan
-from kvpoll.runtime.transports.interface import Caps, Death, Region, Tag, TransportError, Wake
+from kvpoll.runtime.transports.interface import Caps, Copies, Death, Region, Tag, TransportError, Wake
 from kvpoll.runtime.transports.posted import PostedWrites, Write
 from kvpoll.runtime.transports.posting import PostingTransport
 from kvpoll.runtime.transports.shm_control import ControlPage
@@ -87,6 +87,12 @@ class ShmTransport(PostingTransport[ShmPeer]):
     def _retire(self, peer: ShmPeer, reason: str) -> None:
         peer.end(reason, retired=True)
         self._ended = [other for other in [*self._ended, peer] if not other.join(0)]
+
+    def post(self, peer: ShmPeer, copies: Copies, tag: Tag) -> int:
+        """As ``PostingTransport.post``; a small write may be over when this returns."""
+        if not self._closed and peer.place_at_once(self.space, copies, tag):
+            return self.writes.add_ended(tag, None)
+        return super().post(peer, copies, tag)
 
     def _start(self, peer: ShmPeer, tag: Tag, plan: Plan) -> int:
         write = self.writes.add(Write(tag, plan))

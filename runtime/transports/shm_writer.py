@@ -23,7 +23,7 @@ import numpy as np
 from kvpoll.runtime.transports import shm_wire
 from kvpoll.runtime.transports.copy_plan import Plan, cut
 from kvpoll.runtime.transports.forked_children import keep_from_children
-from kvpoll.runtime.transports.interface import TransportError
+from kvpoll.runtime.transports.interface import Copies, Tag, TransportError
 from kvpoll.runtime.transports.offsets import Space
 from kvpoll.runtime.transports.posted import PostedWrites, Write
 from kvpoll.runtime.transports.shm_control import ControlView
@@ -98,24 +98,28 @@ class ShmPeer(WriterThread):
         self._current: Write | None = None
         self._placing = threading.Lock()
 
-    def submit(self, write: Write) -> None:
-        """As ``WriterThread.submit``; a small write that has nobody before it is placed here and now, because to wake
-        the thread takes longer than to copy it.
-        """
-        if not self._placed_at_once(write):
-            super().submit(write)
+    def place_at_once(self, source: Space, copies: Copies, tag: Tag) -> bool:
+        """Place a small write that has nobody before it here and now, because to wake the thread takes longer than to
+        copy it. False, and nothing is placed, when it is not small, has to wait, or there is a reason not to write it.
 
-    def _placed_at_once(self, write: Write) -> bool:
-        plan = write.plan
-        if plan is None or self._bytes_per_s is not None or self._queue or self._current is not None:
+        source: of the memory that is copied from.
+        """
+        if len(copies.nbytes) > AT_ONCE_RANGES or self._bytes_per_s is not None or self._queue or self._current:
             return False
-        if plan.total > AT_ONCE_BYTES or len(plan.nbytes) > AT_ONCE_RANGES:
-            return False
+        ranges = list(zip(*(column.tolist() for column in copies), strict=True))
         with self._placing:  # the thread unmaps under this lock
-            if self._pool is None or self._gone is not None:
+            pool = self._pool
+            if pool is None or not all(self.descriptor.shared) or self._why_stop(pool, tag) is not None:
                 return False
-            if self._writes.begin(write):
-                self._perform(self._pool, write, plan)
+            moves, left = [], AT_ONCE_BYTES
+            for here, there, nbytes in ranges:
+                read, write = source.address_of(here, nbytes), pool.space.address_of(there, nbytes)
+                left -= nbytes
+                if read is None or write is None or left < 0:
+                    return False
+                moves.append((write, read, nbytes))
+            for move in moves:
+                ctypes.memmove(*move)
         return True
 
     def end(self, reason: str, *, retired: bool) -> None:
@@ -181,7 +185,7 @@ class ShmPeer(WriterThread):
             piece_bytes = max(1, min(PIECE_BYTES, int(self._bytes_per_s / 20)))
         begun_s, placed = time.monotonic(), 0
         for piece in cut(into, PIECE_RANGES, piece_bytes):
-            reason = self._why_stop(pool, write)
+            reason = "aborted by its user" if write.aborted else self._why_stop(pool, write.tag)
             if reason is not None:
                 return reason
             # memmove releases the interpreter's lock; map keeps the loop itself in C.
@@ -192,12 +196,10 @@ class ShmPeer(WriterThread):
                 self._rest(begun_s + placed / self._bytes_per_s)
         return None
 
-    def _why_stop(self, pool: _Pool, write: Write) -> str | None:
-        if write.aborted:
-            return "aborted by its user"
+    def _why_stop(self, pool: _Pool, tag: Tag) -> str | None:
         if self._gone is not None:
             return self._gone
-        reason = pool.control.why_stop(write.tag.incarnation)
+        reason = pool.control.why_stop(tag.incarnation)
         if reason is None and not pool.has_owner():
             # Its memory is mapped here only and goes with the mapping: whatever was placed, nobody can see it.
             self._take_no_more(f"{self._owner} has ended")

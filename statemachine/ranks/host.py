@@ -108,6 +108,9 @@ class Host(Protocol):
 
     # -- telling
 
+    def wants(self, event_type: type[Any]) -> bool:
+        """Does anybody listen for this type? What happens with every request is made an event only then."""
+
     def emit(self, event: Any) -> None:
         """Tell invariants and recorder what happened."""
 

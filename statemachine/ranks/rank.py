@@ -132,7 +132,7 @@ class Rank:
             else:
                 self.rooms[number] = after
         if after is not room or actions:
-            if actions or self._is_news(room, after):
+            if (actions or self._is_news(room, after)) and self.host.wants(Stepped):
                 self._tell(room, after, kind, incarnation, detail, actions)
             for action in actions:
                 self._actions[action.kind](action, origin)
@@ -205,7 +205,8 @@ class Rank:
         """A request entered or left a queue; the gauge follows."""
         self.gauges[name] = self.gauges.get(name, 0) + delta
         host = self.host
-        host.emit(new_event(Queued, (host.now, self.node, name, rid, delta)))
+        if host.wants(Queued):
+            host.emit(new_event(Queued, (host.now, self.node, name, rid, delta)))
 
     def requeue(self, gauges: dict[str, str], rid: str, before: str, after: str) -> None:
         """A request moved from one scheduler state to another; ``gauges`` names the queue of each that is one."""

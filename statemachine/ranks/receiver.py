@@ -121,9 +121,11 @@ class ReceiverRank(Rank):
         host = self.host
         for peer in self.peers.get(self.key(own), ()):
             theirs = Incarnation(own.room, own.attempt, peer.epoch)
-            host.emit(Addressed(host.now, self.node, own, peer.node, peer.epoch, host.true_epoch(engine_of(peer.node))))
+            engine = engine_of(peer.node)
+            if host.wants(Addressed):
+                host.emit(Addressed(host.now, self.node, own, peer.node, peer.epoch, host.true_epoch(engine)))
             destination = Destination(self.node, own, self.tp, () if peer.dummy else entry.pages, entry.row)
-            required = self.mapping(engine_of(peer.node)).destinations_required
+            required = self.mapping(engine).destinations_required
             host.send(self.node, peer.node, "Metadata", theirs, destination, required)
 
     def publish(self, entry: Entry, pages: tuple[int, ...], row: int) -> None:

@@ -337,12 +337,12 @@ def test_a_coroutine_that_was_left_behind_does_not_trouble_the_endpoint(stage: S
     loop = asyncio.new_event_loop()
     task = loop.create_task(source.reached(KVPoll.WaitingForInput))
     loop.run_until_complete(asyncio.sleep(0))
-    waiting = list(source._awaiting)
+    waiting = list(source._waiters)
     assert len(waiting) == 1
     task.cancel()
     loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
     loop.close()
-    source._awaiting += waiting  # as if the loop had been closed under it
+    source._waiters += waiting  # as if the loop had been closed under it
     source.abort()
     assert source.wait(timeout_s=LIMIT_S) == KVPoll.Failed
     over(source)

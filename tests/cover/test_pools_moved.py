@@ -11,7 +11,7 @@ import pytest
 from kvpoll.runtime.pools.aux_row import AuxRow, pack, unpack
 from kvpoll.runtime.pools.layout import Layout
 from kvpoll.runtime.pools.pattern import fill, read
-from kvpoll.runtime.pools.plan import aux_copy, copies, writes_aux
+from kvpoll.runtime.pools.plan import copier, writes_aux
 from kvpoll.runtime.pools.pool import KVPool
 from kvpoll.runtime.transports import make
 from kvpoll.runtime.transports.interface import Copies, Tag, Transport
@@ -61,10 +61,10 @@ def test_two_ranks_fill_a_prompt_and_its_aux_row(transports: list[Transport]) ->
         for part, (page, _) in prompt.items():
             fill(pool, page, PageTag(INCARNATION.pair, name, part, 0))
         here, there = zip(*prompt.values(), strict=True)
-        settle(writer, peer, copies(layout, target.layout, here, there), write=1)
+        settle(writer, peer, copier(layout, target.layout).copies(here, there), write=1)
         if writes_aux(layout, target.layout):
             pool.put_row(1, pack(row))
-            settle(writer, peer, aux_copy(layout, target.layout, 1, 0), write=2)
+            settle(writer, peer, copier(layout, target.layout).copies([], [], (1, 0)), write=2)
     for part, (_, page) in prompt.items():
         assert read(target, page, sources) == {name: PageTag((77, 2), name, part, 0) for name in sources}
     assert [read(target, page, sources) for page in (0, 1, 2, 4, 5, 6, 8)] == [{}] * 7

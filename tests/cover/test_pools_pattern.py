@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvpoll.runtime.pools.layout import Layout
 from kvpoll.runtime.pools.pattern import fill, is_corrupt, read
-from kvpoll.runtime.pools.plan import copies
+from kvpoll.runtime.pools.plan import copier
 from kvpoll.runtime.pools.pool import KVPool
 from kvpoll.spec.source import BadInput
 from kvpoll.spec.trace import PageTag
@@ -26,7 +26,7 @@ def move(
     """Carry out a plan between two pools of one region each: all of it, or its first ranges."""
     (ours,), (theirs,) = source.regions(), target.regions()
     begin, end = _memory(ours), _memory(theirs)
-    plan = copies(source.layout, target.layout, source_pages, target_pages)
+    plan = copier(source.layout, target.layout).copies(source_pages, target_pages)
     for at, to, nbytes in list(zip(*(column.tolist() for column in plan), strict=True))[:most]:
         end[to : to + nbytes] = begin[at : at + nbytes]
 

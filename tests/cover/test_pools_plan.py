@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvpoll.runtime.pools.layout import Layout
-from kvpoll.runtime.pools.plan import aux_copy, copies, gap, share, writes_aux
+from kvpoll.runtime.pools.plan import FEW_RANGES, Copier, copier, gap, share, writes_aux
 from kvpoll.runtime.transports.interface import Copies
 from kvpoll.spec.source import BadInput
 
@@ -106,9 +107,13 @@ def apply(plan: Copies, source: NDArray[np.int32], target: NDArray[np.int32], to
 
 
 @settings(max_examples=120)
-@given(models(), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_all_ranks_together_fill_exactly_the_pages_that_were_named(model: Model, length: int, random: object) -> None:
-    """After every prefill rank's copies, each decode rank holds the prompt, and each byte was written once."""
+@given(models(), st.integers(1, 4), st.randoms(use_true_random=False), st.sampled_from([0, FEW_RANGES]))
+def test_all_ranks_together_fill_exactly_the_pages_that_were_named(
+    model: Model, length: int, random: object, few: int
+) -> None:
+    """After every prefill rank's copies, by loop or by arrays, each decode rank holds the prompt, and each byte was
+    written once.
+    """
     pages = 6
     sources = model.prefill(pages)
     prompts = {id(source): random.sample(range(pages), length) for source in sources}  # type: ignore[attr-defined]
@@ -119,7 +124,9 @@ def test_all_ranks_together_fill_exactly_the_pages_that_were_named(model: Model,
         contacted = [source for source in sources if set(source.layers) <= set(target.layers)]
         for source in contacted:
             theirs = prompts[id(source)]
-            apply(copies(source, target, theirs, prompt), memory_of(source, theirs), memory, touched)
+            with patch("kvpoll.runtime.pools.plan.FEW_RANGES", few):
+                plan = Copier(source, target).copies(theirs, prompt)
+            apply(plan, memory_of(source, theirs), memory, touched)
         expected = memory_of(target, prompt)
         assert np.array_equal(memory, expected)
         assert np.array_equal(touched, np.repeat(expected != UNTOUCHED, 4))
@@ -145,7 +152,7 @@ ONE = Layout((0, 1), pages=16, page_tokens=4, heads=8, head_dim=2, dtype="float1
 
 
 def test_whole_pages_that_follow_one_another_on_both_sides_are_one_range() -> None:
-    plan = copies(ONE, ONE, [3, 4, 5, 9, 6], [10, 11, 12, 2, 13])
+    plan = copier(ONE, ONE).copies([3, 4, 5, 9, 6], [10, 11, 12, 2, 13])
     page = ONE.page_bytes
     assert plan.total == 5 * 4 * page
     assert sorted(plan.nbytes.tolist()) == [page] * 4 + [4 * page] * 4
@@ -156,7 +163,7 @@ def test_whole_pages_that_follow_one_another_on_both_sides_are_one_range() -> No
 def test_pages_are_not_joined_across_planes() -> None:
     """The last page of one plane and the first of the next may be in two regions of memory."""
     everything = list(range(ONE.pages))
-    plan = copies(ONE, ONE, everything, everything)
+    plan = copier(ONE, ONE).copies(everything, everything)
     assert plan.nbytes.tolist() == [ONE.plane_bytes] * 4
     assert sorted(plan.target.tolist()) == [index * ONE.plane_bytes for index in range(4)]
 
@@ -167,9 +174,9 @@ def test_a_slice_of_heads_is_a_piece_a_token_or_one_piece_where_heads_come_first
 ) -> None:
     """Two ranks with four heads each write to one with eight: per token and plane, or per plane."""
     half, whole = (replace(ONE, order=order, tp_size=size) for size in (2, 1))  # type: ignore[arg-type]
-    plan = copies(half, whole, [1], [2])
+    plan = copier(half, whole).copies([1], [2])
     assert len(plan.nbytes) == ranges and set(plan.nbytes.tolist()) == {size}
-    assert len(copies(whole, half, [1], [2]).nbytes) == ranges
+    assert len(copier(whole, half).copies([1], [2]).nbytes) == ranges
 
 
 def test_copies_of_one_head_share_the_tokens_of_a_page() -> None:
@@ -189,22 +196,25 @@ def test_of_mla_ranks_the_first_writes_and_the_dummies_have_no_share() -> None:
         [True, False, False, False],
         [False, False, True, False],
     ]
-    assert copies(ranks[1], halves[0], [0], [1]).total == 0
+    assert copier(ranks[1], halves[0]).copies([0], [1]).total == 0
     assert [[share(each, target) is not None for each in halves] for target in ranks] == [
         [True, False], [True, False], [False, True], [False, True],
     ]  # fmt: skip
 
 
 def test_an_aux_row_is_one_range_behind_the_pages() -> None:
-    assert [column.tolist() for column in aux_copy(ONE, replace(ONE, pages=3), 1, 3)] == [
+    assert [column.tolist() for column in copier(ONE, replace(ONE, pages=3)).copies([], [], (1, 3))] == [
         [ONE.kv_bytes + 64],
         [replace(ONE, pages=3).kv_bytes + 3 * 64],
         [64],
     ]
     with pytest.raises(BadInput, match="aux row 4 is outside the pool of 4 rows"):
-        aux_copy(ONE, ONE, 0, 4)
+        copier(ONE, ONE).copies([], [], (0, 4))
+    assert [column.tolist()[-1] for column in copier(ONE, ONE).copies([1], [2], (1, 3))] == [
+        ONE.kv_bytes + 64, ONE.kv_bytes + 3 * 64, 64
+    ]  # fmt: skip
     with pytest.raises(BadInput, match="aux row size"):
-        aux_copy(ONE, replace(ONE, row_bytes=128), 0, 0)
+        copier(ONE, replace(ONE, row_bytes=128))
 
 
 @pytest.mark.parametrize(
@@ -220,11 +230,11 @@ def test_an_aux_row_is_one_range_behind_the_pages() -> None:
 )
 def test_pages_that_cannot_be_copied_are_refused(sources: list[int], targets: list[int], problem: str) -> None:
     with pytest.raises(BadInput) as error:
-        copies(ONE, ONE, sources, targets)
+        copier(ONE, ONE).copies(sources, targets)
     assert str(error.value) == problem
 
 
 def test_layouts_that_do_not_fit_have_no_plan_and_no_pages_no_ranges() -> None:
     with pytest.raises(BadInput, match="KV layouts: page size"):
-        copies(ONE, replace(ONE, page_tokens=8), [0], [0])
-    assert copies(ONE, ONE, [], []).total == 0
+        copier(ONE, replace(ONE, page_tokens=8)).copies([0], [0])
+    assert copier(ONE, ONE).copies([], []).total == 0
