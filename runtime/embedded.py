@@ -67,9 +67,10 @@ class EnginePages(Pool):
 
     def take(self, incarnation: Incarnation, pages: tuple[int, ...]) -> None:
         """The engine has given these pages to a room."""
-        held = self.held.get(incarnation.pair, ())
-        fresh = tuple(page for page in pages if page not in held)
-        self.held[incarnation.pair] = held + fresh
+        pair = incarnation.pair
+        held = self.held.get(pair)
+        fresh = pages if held is None else tuple([page for page in pages if page not in held])
+        self.held[pair] = fresh if held is None else held + fresh
         self.in_use += len(fresh)
         host = self.host
         if host.wants(Reserved):
@@ -77,15 +78,16 @@ class EnginePages(Pool):
 
     def release(self, incarnation: Incarnation) -> None:
         """No byte of these pages will be read or written for the room any more."""
-        pages = self.held.pop(incarnation.pair, None)
+        pair = incarnation.pair
+        pages = self.held.pop(pair, None)
         if pages is None:
             return
-        self.quarantined.discard(incarnation.pair)
+        self.quarantined.discard(pair)
         self.in_use -= len(pages)
         host = self.host
         if host.wants(Released):
             host.emit(Released(host.now, self.node, self.kind, incarnation, pages, self.size - self.in_use))
-        self._freed(incarnation.pair, pages)
+        self._freed(pair, pages)
 
 
 class Listener:

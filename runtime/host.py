@@ -282,7 +282,7 @@ class Host:
             self.emit(Delivered(self.now, self.node, envelope.node, name, incarnation, envelope.serial))
         if kind == "Metadata":
             self.watch(envelope.node, envelope.epoch)
-            pages = tuple(unpack_pages(message.pages).tolist())
+            pages = unpack_pages(message.pages)
             memory = (message.descriptor, message.layout, envelope.epoch)
             destination = Destination(envelope.node, message.owner, message.index, pages, message.row, memory)
             self.rank.receive(kind, incarnation, destination, message.required)

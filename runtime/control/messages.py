@@ -20,13 +20,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+import struct
 from collections.abc import Sequence
 from typing import Annotated, Final, Literal
 
 import msgspec
-import numpy as np
 from msgspec import Meta
-from numpy.typing import NDArray
 
 from kvpoll.spec.vocabulary import Incarnation
 
@@ -319,17 +318,16 @@ def _seal(token: bytes | None, body: bytes) -> bytes:
     return hashlib.blake2b(body, key=token, digest_size=SEAL_BYTES).digest()
 
 
-def pack_pages(numbers: Sequence[int] | NDArray[np.int32]) -> bytes:
+def pack_pages(numbers: Sequence[int]) -> bytes:
     """Page numbers as int32 little-endian bytes, for ``Metadata.pages``. Raises OverflowError beyond 31 bits."""
-    wide = np.asarray(numbers, dtype=np.int64)
-    if wide.size and not 0 <= wide.min() <= wide.max() <= ROW_MAX:
+    if len(numbers) and not 0 <= min(numbers) <= max(numbers) <= ROW_MAX:
         raise OverflowError("page numbers have 31 bits")
-    return wide.astype("<i4").tobytes()
+    return struct.pack(f"<{len(numbers)}i", *numbers)
 
 
-def unpack_pages(pages: bytes) -> NDArray[np.int32]:
-    """The page numbers in ``Metadata.pages``, shape (n,), int32, read-only. A stranger's numbers may be negative."""
-    return np.frombuffer(pages, dtype="<i4").astype(np.int32, copy=False)
+def unpack_pages(pages: bytes) -> tuple[int, ...]:
+    """The page numbers in ``Metadata.pages``. A stranger's numbers may be negative."""
+    return struct.unpack(f"<{len(pages) // PAGE_NUMBER_BYTES}i", pages)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------

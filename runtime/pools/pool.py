@@ -38,6 +38,7 @@ class KVPool:
         self._regions = regions
         self._planes = planes  # one uint8 [pages, page_bytes] a plane: numpy arrays, or tensors on CUDA
         self._rows = rows  # uint8 [rows, row_bytes]
+        self._row_memory = memoryview(rows.reshape(-1)) if self.kind == "host" else None
 
     @classmethod
     def on_host(cls, layout: Layout, region: Region | None = None) -> KVPool:
@@ -135,14 +136,23 @@ class KVPool:
 
     def get_row(self, row: int) -> bytes:
         """The bytes of an aux row, copied."""
-        return bytes(_to_host(self._row(row)))
+        if self._row_memory is None:
+            return bytes(_to_host(self._row(row)))
+        return bytes(self._row_memory[self._row_bytes(row)])
+
+    def _row_bytes(self, row: int) -> slice:
+        begin = self.layout.row_offset(row) - self.layout.kv_bytes
+        return slice(begin, begin + self.layout.row_bytes)
 
     def put_row(self, row: int, data: bytes) -> None:
         """Overwrite an aux row; what ``data`` leaves of it becomes zero. Raises BadInput when data is longer."""
         if len(data) > self.layout.row_bytes:
             raise BadInput(f"KV pool: {len(data)} bytes do not fit into an aux row of {self.layout.row_bytes}")
-        padded = np.frombuffer(data.ljust(self.layout.row_bytes, b"\0"), dtype=np.uint8)
-        self._row(row)[:] = _like(self.kind, padded)
+        padded = data.ljust(self.layout.row_bytes, b"\0")
+        if self._row_memory is None:
+            self._row(row)[:] = _like(self.kind, np.frombuffer(padded, dtype=np.uint8))
+        else:
+            self._row_memory[self._row_bytes(row)] = padded
 
     def clear_page(self, page: int) -> None:
         """Zero one page of every plane."""

@@ -53,6 +53,7 @@ class _Pool:
         self.mappings: list[Mapping] = []
         self.control = ControlView(files[0], owner.epoch)
         self._watch = select.poll()
+        self._watching = threading.Lock()  # the writer's thread and one that posts may both look
         self._watch.register(connection, select.POLLIN)
         bases, rest = [], iter(files[1:])
         try:
@@ -68,7 +69,8 @@ class _Pool:
     def has_owner(self) -> bool:
         """Whether the owner's end of the socket is open. Costs about a microsecond."""
         # The owner sends nothing after its welcome, so whatever there is to read is the end.
-        return not self._watch.poll(0)
+        with self._watching:
+            return not self._watch.poll(0)
 
     def close(self, *, bye: bool = False) -> None:
         """Unmap, then end the connection: in this order its end proves that nothing is written any more."""

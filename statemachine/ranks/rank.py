@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -17,63 +16,64 @@ from kvpoll.statemachine.ranks.host import Host
 
 
 class Timers:
-    """The deadlines of one rank. Every timer of a name runs equally long, so a queue per name is in order."""
+    """The deadlines of one rank: for each name, when the timer of each room is due, in that order. Every timer of a name
+    runs equally long, so the order is that in which they were armed.
+    """
 
     def __init__(self, host: Host, durations_s: dict[str, float], fire: Callable[[Incarnation, str], None]) -> None:
         self.host = host
         self.durations_s = durations_s
         self._fire = fire
-        self._queues: dict[str, deque[tuple[float, Incarnation, int]]] = {name: deque() for name in durations_s}
-        self._armed: dict[tuple[str, Incarnation], int] = {}
-        self._token = 0
+        self._due: dict[str, OrderedDict[Incarnation, float]] = {name: OrderedDict() for name in durations_s}
+        self._rings: set[str] = set()
         self.stopped = False
 
     def arm(self, incarnation: Incarnation, name: str) -> None:
         """Start, or start again, the named timer of a room."""
-        self._token += 1
-        queue = self._queues[name]
-        duration = self.durations_s[name]
-        self._armed[name, incarnation] = self._token
-        timer = (self.host.now + duration, incarnation, self._token)
-        if queue and timer[0] < queue[-1][0]:  # those armed before the wall clock was set back run longer
-            insort(queue, timer, key=lambda each: each[0])
-        else:
-            queue.append(timer)
-        if queue[0] is timer:
-            self.host.after(duration, self._ring, name)
+        due, duration = self._due[name], self.durations_s[name]
+        if incarnation in due:
+            del due[incarnation]
+        at = self.host.now + duration
+        is_late = bool(due) and at < due[next(reversed(due))]
+        due[incarnation] = at
+        if is_late:  # those armed before the wall clock was set back run longer
+            due = self._due[name] = OrderedDict(sorted(due.items(), key=lambda each: each[1]))
+        if name not in self._rings or (is_late and next(iter(due)) == incarnation):
+            self._ring_after(duration, name)
 
     def cancel(self, incarnation: Incarnation, name: str) -> None:
         """Stop the named timer of a room, if it runs."""
-        self._armed.pop((name, incarnation), None)
+        self._due[name].pop(incarnation, None)
 
     def armed(self) -> int:
         """How many timers run."""
-        return len(self._armed)
+        return sum(map(len, self._due.values()))
 
     def overdue(self) -> int:
         """How many timers should have rung and have not (L5)."""
         now = self.host.now
-        return sum(due < now - 1e-6 and self._armed.get((name, who)) == token
-                   for name, queue in self._queues.items() for due, who, token in queue)  # fmt: skip
+        return sum(at < now - 1e-6 for due in self._due.values() for at in due.values())
 
     def jump(self, offset_s: float) -> None:
         """The wall clock moved: timers that run, and compare it, ring early (or late); later ones do not care."""
-        for name, queue in self._queues.items():
-            self._queues[name] = deque((due - offset_s, incarnation, token) for due, incarnation, token in queue)
+        for name, due in self._due.items():
+            self._due[name] = OrderedDict((incarnation, at - offset_s) for incarnation, at in due.items())
             self._ring(name)
 
+    def _ring_after(self, delay_s: float, name: str) -> None:
+        self._rings.add(name)
+        self.host.after(delay_s, self._ring, name)
+
     def _ring(self, name: str) -> None:
+        self._rings.discard(name)
         if self.stopped:
             return
-        queue = self._queues[name]
         now = self.host.now
-        while queue and (queue[0][0] <= now + 1e-9 or self._armed.get((name, queue[0][1])) != queue[0][2]):
-            _, incarnation, token = queue.popleft()
-            if self._armed.get((name, incarnation)) == token:
-                del self._armed[name, incarnation]
-                self._fire(incarnation, name)
-        if queue:
-            self.host.after(max(0.0, queue[0][0] - now), self._ring, name)
+        while (due := self._due[name]) and due[incarnation := next(iter(due))] <= now + 1e-9:
+            del due[incarnation]
+            self._fire(incarnation, name)
+        if due and name not in self._rings:
+            self._ring_after(max(0.0, due[next(iter(due))] - now), name)
 
 
 NOTHING_TO_DO = frozenset({"Absent", "Announced", "Bootstrapping", "Transferring", "Retired"})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -146,9 +145,7 @@ def test_an_incarnation_arrives_as_one() -> None:
 
 @given(st.lists(st.integers(0, ROW_MAX), max_size=100))
 def test_page_numbers_come_back(numbers: list[int]) -> None:
-    pages = unpack_pages(pack_pages(numbers))
-    assert pages.dtype == np.int32
-    assert pages.tolist() == numbers
+    assert unpack_pages(pack_pages(numbers)) == tuple(numbers)
     assert len(pack_pages(numbers)) == 4 * len(numbers)
 
 
@@ -160,7 +157,7 @@ def test_a_page_number_has_31_bits(numbers: list[int]) -> None:
 
 def test_a_request_in_small_pages_fits() -> None:
     """A prompt of a million tokens at SGLang's default of one token a page."""
-    message = Metadata(ROOM, 0, 1, OWNER, pack_pages(np.arange(1_000_000)), 0, b"", b"")
+    message = Metadata(ROOM, 0, 1, OWNER, pack_pages(range(1_000_000)), 0, b"", b"")
     assert decode(encode(ENVELOPE, message))[1] == message
 
 

@@ -228,7 +228,7 @@ def test_the_slice_of_another_rank_is_corrupt() -> None:
     wrong = replace(cluster.decode[0].layout, tp_rank=1)
     pool = cluster.prefill["P0/pp0/tp1"]
     fill(pool, 0, PageTag(PAIR, "P0/pp0/tp1", 0, 0))
-    move(pool, KVPool(wrong, cluster.decode[0].regions(), [], None), [0], [1])
+    move(pool, KVPool(wrong, cluster.decode[0].regions(), [], np.empty((0, 64), np.uint8)), [0], [1])
     found = cluster.read(0, 1)
     assert list(found) == ["P0/pp0/tp0"] and is_corrupt(found["P0/pp0/tp0"])
     assert found["P0/pp0/tp0"].source == "corrupt: no record can be read"

@@ -299,11 +299,11 @@ def post_one_chunk_ahead(self: PrefillRank, entry: Any, chunk: int, *rest: Any) 
 
 def ring_the_first_only(self: Timers, name: str) -> None:
     """Fires what is due and never looks at the queue again, until somebody arms a timer."""
-    queue = self._queues[name]
-    while queue and queue[0][0] <= self.host.now + 1e-9:
-        _, incarnation, token = queue.popleft()
-        if self._armed.pop((name, incarnation), None) == token:
-            self._fire(incarnation, name)
+    self._rings.discard(name)
+    due = self._due[name]
+    while due and due[first := next(iter(due))] <= self.host.now + 1e-9:
+        del due[first]
+        self._fire(first, name)
 
 
 PRISTINE_RELEASE, PRISTINE_RESERVE, PRISTINE_POST = Pool.release, Pool.reserve, PrefillRank.post
