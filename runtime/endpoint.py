@@ -375,9 +375,11 @@ class Endpoint(Listener):
 
     def polled(self, pair: tuple[int, int], name: str, cause: str | None) -> None:
         """A room has another poll."""
-        transfer = self.transfers.get(pair)
         poll = POLLS.get(name)
-        if transfer is not None and poll is not None:
+        if poll is None:
+            return  # Announced, Retired: nothing that an engine polls
+        transfer = self.transfers.get(pair)
+        if transfer is not None:
             self._moved(transfer, poll, cause)
 
     def freed(self, pair: tuple[int, int], keys: Sequence[Key]) -> None:
@@ -406,6 +408,8 @@ class Endpoint(Listener):
             self.transfers.pop(transfer.pair, None)
 
     def _moved(self, transfer: Transfer, poll: KVPoll, cause: str | None) -> None:
+        if poll is transfer.poll():
+            return  # that a room was opened is no news to its engine
         self.metrics.moved(transfer, poll, cause)
         transfer.move(poll, cause)
         if poll is KVPoll.Failed:

@@ -219,9 +219,7 @@ class Transfer:
             self._call(self.on_pages_free, self)
 
     def move(self, poll: KVPoll, cause: str | None) -> None:
-        """The room has another poll. From the endpoint's thread. That a room was opened is no news to its engine."""
-        if poll == self._poll:
-            return
+        """The room has another poll. From the endpoint's thread."""
         self._cause = cause if poll == KVPoll.Failed else None
         self._poll = poll  # after the cause, which whoever sees Failed may ask for
         self._wake()

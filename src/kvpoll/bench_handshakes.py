@@ -16,12 +16,20 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from kvpoll.runtime.bootstrap import BootstrapServer
-from kvpoll.runtime.endpoint import DecodeEndpoint, Endpoint, KVPoll, PrefillEndpoint, Settings, Transfer
+from kvpoll.runtime.endpoint import (
+    DecodeEndpoint,
+    DecodeTransfer,
+    Endpoint,
+    KVPoll,
+    PrefillEndpoint,
+    PrefillTransfer,
+    Settings,
+    Transfer,
+)
 from kvpoll.runtime.pools.layout import Layout
 from kvpoll.spec.protocol import load
 
@@ -105,46 +113,38 @@ class Drive:
             return
         began = time.perf_counter()
         left = len(self.side.endpoints)
+        pages = tuple(range(slot * PAGES_EACH, (slot + 1) * PAGES_EACH))
 
-        def ended() -> None:
+        def moved(end: Transfer, poll: KVPoll) -> None:
+            """What an engine does: give pages when the room is ready, release it when it has succeeded."""
+            if poll is KVPoll.WaitingForInput:
+                if isinstance(end, PrefillTransfer):
+                    end.send(pages, last=True)
+                elif isinstance(end, DecodeTransfer):
+                    end.publish(pages, slot)
+            elif poll is KVPoll.Success:
+                end.release()
+            elif poll is KVPoll.Failed:
+                self.failure = f"room {room}: {end.failure}"
+                self._over.set()
+
+        def ended(end: Transfer) -> None:
             nonlocal left
-            with self._lock:
-                left -= 1
-                if left:
+            if len(self.side.endpoints) > 1:
+                with self._lock:  # each endpoint calls back from its own thread
+                    left -= 1
+                    is_last = not left
+                if not is_last:
                     return
-                self.latency_s.append(time.perf_counter() - began)
-                done = len(self.latency_s)
-            if done == self.requests:
+            self.latency_s.append(time.perf_counter() - began)
+            if len(self.latency_s) == self.requests:
                 self._over.set()
             self._start(slot)
 
-        pages = tuple(range(slot * PAGES_EACH, (slot + 1) * PAGES_EACH))
         if self.side.prefill is not None:
-            self._follow(self.side.prefill.admit(room), ended, lambda end: end.send(pages, last=True))
+            self.side.prefill.admit(room, on_poll=moved, on_pages_free=ended)
         if self.side.decode is not None:
-            decode = self.side.decode.admit(room, self.side.address)
-            self._follow(decode, ended, lambda end: end.publish(pages, slot))
-
-    def _follow(self, end: Transfer, ended: Callable[[], None], go: Callable[[Any], None]) -> None:
-        """Do what an engine does: give pages when the room is ready, release it when it has succeeded."""
-        once = {KVPoll.WaitingForInput, KVPoll.Success}
-
-        def moved(end: Transfer, poll: KVPoll) -> None:
-            with self._lock:  # the poll may have moved before the callback was set: then both ways lead here
-                if poll not in once and poll != KVPoll.Failed:
-                    return
-                once.discard(poll)
-            if poll == KVPoll.WaitingForInput:
-                go(end)
-            elif poll == KVPoll.Success:
-                end.release()
-            else:
-                self.failure = f"room {end.pair[0]}: {end.failure}"
-                self._over.set()
-
-        end.on_pages_free = lambda end: ended()
-        end.on_poll = moved
-        moved(end, end.poll())
+            self.side.decode.admit(room, self.side.address, on_poll=moved, on_pages_free=ended)
 
 
 def main(role: str, address: str = "", settings: str = "{}") -> None:

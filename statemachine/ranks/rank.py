@@ -16,8 +16,8 @@ from kvpoll.statemachine.ranks.host import Host
 
 
 class Timers:
-    """The deadlines of one rank: for each name, when the timer of each room is due, in that order. Every timer of a name
-    runs equally long, so the order is that in which they were armed.
+    """The deadlines of one rank: for each name, when the timer of each room is due, in that order. Every timer of a
+    name runs equally long, so the order is that in which they were armed.
     """
 
     def __init__(self, host: Host, durations_s: dict[str, float], fire: Callable[[Incarnation, str], None]) -> None:
