@@ -218,7 +218,8 @@ class Host:
         address = self.directory.get(to)
         epoch = None if any_life or address is None else address.epoch
         own_name = self._calls_itself.get(to, to)
-        heard = address is not None and self.plane.send(address.endpoint, own_name, epoch, message)
+        may_wait = not self.stream.recording  # a trace says of each message whether it was sent
+        heard = address is not None and self.plane.send(address.endpoint, own_name, epoch, message, may_wait)
         if self.stream.recording:
             serial = self.plane.serial_of(address.endpoint) if address is not None else 0
             self.emit(Sent(self.now, self.node, to, name, incarnation, serial))

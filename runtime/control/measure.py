@@ -75,8 +75,8 @@ def measure(messages: int = 50_000, round_trips: int = 2_000) -> Figures:
             float(np.percentile(trips, 50)),
             float(np.percentile(trips, 99)),
             round_trips,
-            len(encode(envelope, status)[0]),
-            len(encode(envelope, metadata)[0]),
+            len(encode(envelope, [status])[0]),
+            len(encode(envelope, [metadata])[0]),
             sum(plane.dropped.values()) + plane.missed + far.missed,
         )
 

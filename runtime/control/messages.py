@@ -1,12 +1,12 @@
 """What ranks say to each other, and the one way to write and read it.
 
-A message travels as one ZeroMQ frame, so that it arrives whole or not at all and no two senders can interleave
-their parts (A26):
+Messages travel in one ZeroMQ frame, so that they arrive whole or not at all and no two senders can interleave their
+parts (A26):
 
-    KVP | version, 1 byte | seal, 16 bytes | MessagePack of [envelope, message]
+    KVP | version, 1 byte | seal, 16 bytes | MessagePack of [envelope, [message, ...]]
 
-The *envelope* says who speaks, in which life, where it can be answered, and for whose ears this is; the *message* is
-one of the classes below, told apart by the number of its tag. Both are arrays without field names. Every field has
+The *envelope* says who speaks, in which life, where it can be answered, and for whose ears this is; a *message* is one
+of the classes below, told apart by the number of its tag. Both are arrays without field names. Every field has
 a type and a bound, and ``decode`` takes nothing that does not fit: it raises ``MalformedMessage`` with one of
 ``REASONS``, never anything else (A04). The seal is a keyed BLAKE2b over what follows it, if the cluster has a token,
 and zeros if not. It keeps strangers and misrouted clusters out; it hides nothing and does not stop a replay.
@@ -30,13 +30,14 @@ from msgspec import Meta
 from kvpoll.spec.vocabulary import Incarnation
 
 MAGIC: Final = b"KVP"
-VERSION: Final = 1
+VERSION: Final = 2
 SEAL_BYTES: Final = 16
 HEAD_BYTES: Final = len(MAGIC) + 1 + SEAL_BYTES
 
 MESSAGE_BYTES_MAX: Final = 8 << 20
 """Longest frame that is sent or read: the pages of a prompt of a million tokens at one token a page are 4 MiB."""
 
+FRAME_MESSAGES_MAX: Final = 64
 TOKEN_BYTES_MAX: Final = 64
 ROOM_MAX: Final = 2**63 - 1
 EPOCH_MAX: Final = 2**63 - 1
@@ -70,12 +71,15 @@ Endpoint = Annotated[str, Meta(max_length=270, pattern=ENDPOINT)]
 
 
 class MalformedMessage(Exception):
-    """Frames that are no message of ours. ``reason`` is one of ``REASONS``; ``envelope`` is set if it was readable."""
+    """Frames that are no message of ours. ``reason`` is one of ``REASONS``; ``envelope`` is set if it was readable, and
+    ``count`` says how many messages seem to be behind it.
+    """
 
-    def __init__(self, reason: str, detail: str, envelope: Envelope | None = None) -> None:
+    def __init__(self, reason: str, detail: str, envelope: Envelope | None = None, count: int = 1) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.envelope = envelope
+        self.count = max(1, count)
 
 
 class _Array(msgspec.Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -83,7 +87,8 @@ class _Array(msgspec.Struct, array_like=True, frozen=True, gc=False, forbid_unkn
 
 
 class Envelope(_Array, frozen=True):
-    """Who speaks to whom. ``serial`` rises by one with each message of a channel, so a gap is a loss.
+    """Who speaks to whom. ``serial`` rises by one with each message of a channel, so a gap is a loss; of several in a
+    frame it is the first one's.
 
     node, epoch, endpoint: the sender, its life, and where its PULL socket listens. target, target_epoch: the
     receiver, and its life as the sender knows it, or None where the sender does not know (a probe asks for it).
@@ -260,8 +265,11 @@ MESSAGES: Final[tuple[type[msgspec.Struct], ...]] = Message.__args__
 _TAGS: Final = frozenset(kind.__struct_config__.tag for kind in MESSAGES)
 
 _encode: Final = msgspec.msgpack.Encoder().encode
-_decode: Final = msgspec.msgpack.Decoder(tuple[Envelope, Message]).decode
+Messages = Annotated[tuple[Message, ...], Meta(min_length=1, max_length=FRAME_MESSAGES_MAX)]
+
+_decode: Final = msgspec.msgpack.Decoder(tuple[Envelope, Messages]).decode
 _decode_pair: Final = msgspec.msgpack.Decoder(tuple[Envelope, msgspec.Raw]).decode
+_decode_raw: Final = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 _decode_message: Final = msgspec.msgpack.Decoder(Message).decode
 _UNREADABLE: Final = (ValueError, RecursionError)  # msgspec.DecodeError and UnicodeDecodeError are ValueErrors
 _NO_SEAL: Final = bytes(SEAL_BYTES)
@@ -277,19 +285,19 @@ def _require_incarnation(incarnation: Incarnation) -> None:
 # -- writing -----------------------------------------------------------------------------------------------------
 
 
-def encode(envelope: Envelope, message: Message, token: bytes | None = None) -> list[bytes]:
-    """The frames of one message; today there is one.
+def encode(envelope: Envelope, messages: Sequence[Message], token: bytes | None = None) -> list[bytes]:
+    """The frames of these messages; today there is one.
 
     A cause that is longer than ``CAUSE_CHARS_MAX`` is cut, because losing the end of a text is better than losing the
     notice. Anything else that the receiver would refuse is refused here, at its author: raises MalformedMessage
     "oversized" or "malformed".
     """
     try:
-        body = _encode((envelope, message))
-        _verify(body)
+        body = _encode((envelope, messages))
+        _decode(body)  # constructors check no types; what passes here passes at the receiver
     except (*_UNREADABLE, TypeError, OverflowError) as error:
-        shorter = _cut(message)
-        if shorter is None:
+        shorter = [_cut(message) for message in messages]
+        if shorter == list(messages):
             raise MalformedMessage("malformed", _line(error), envelope) from None
         return encode(envelope, shorter, token)
     if HEAD_BYTES + len(body) > MESSAGE_BYTES_MAX:
@@ -297,19 +305,14 @@ def encode(envelope: Envelope, message: Message, token: bytes | None = None) -> 
     return [_OURS + _seal(token, body) + body]
 
 
-def _verify(body: bytes) -> None:
-    """Constructors check no types, so what was written is read once more: what passes here passes at the receiver."""
-    _decode(body)
-
-
-def _cut(message: Message) -> Message | None:
-    """The message with a cause that fits, or None if its cause was not what did not fit."""
+def _cut(message: Message) -> Message:
+    """The message with a cause that fits; the same one if its cause is not what does not fit."""
     field = "reason" if isinstance(message, Goodbye) else "cause"
     cause = getattr(message, field, None)
     if not isinstance(cause, str):
-        return None
+        return message
     kept = cause.encode("utf-8", "replace").decode()[:CAUSE_CHARS_MAX]
-    return None if kept == cause else msgspec.structs.replace(message, **{field: kept})
+    return message if kept == cause else msgspec.structs.replace(message, **{field: kept})
 
 
 def _seal(token: bytes | None, body: bytes) -> bytes:
@@ -333,8 +336,8 @@ def unpack_pages(pages: bytes) -> tuple[int, ...]:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
-def decode(frames: Sequence[bytes], token: bytes | None = None) -> tuple[Envelope, Message]:
-    """The message in these frames. Raises MalformedMessage, and nothing else, for whatever they hold."""
+def decode(frames: Sequence[bytes], token: bytes | None = None) -> tuple[Envelope, Messages]:
+    """The messages in these frames. Raises MalformedMessage, and nothing else, for whatever they hold."""
     frame = frames[0] if len(frames) == 1 else b""
     if frame[:4] != _OURS:
         raise _strange(frames)
@@ -356,11 +359,16 @@ def _unreadable(body: bytes) -> MalformedMessage:
     except _UNREADABLE as error:
         return MalformedMessage("malformed", f"envelope: {_line(error)}")
     try:
-        _decode_message(raw)
+        each = _decode_raw(raw)
     except _UNREADABLE as error:
-        reason = "malformed" if _known_tag(bytes(raw)) else "unknown_type"
-        return MalformedMessage(reason, _line(error), envelope)
-    return MalformedMessage("malformed", "more follows the message", envelope)
+        return MalformedMessage("malformed", f"messages: {_line(error)}", envelope)
+    for message in each:
+        try:
+            _decode_message(message)
+        except _UNREADABLE as error:
+            reason = "malformed" if _known_tag(bytes(message)) else "unknown_type"
+            return MalformedMessage(reason, _line(error), envelope, len(each))
+    return MalformedMessage("malformed", f"{len(each)} messages in a frame", envelope)
 
 
 def _known_tag(body: bytes) -> bool:

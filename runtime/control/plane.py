@@ -12,6 +12,9 @@ Nothing that arrives can end the loop (A04). What cannot be read, is meant for s
 or came before is dropped and counted under one of ``DROPPED``. The epoch inside an *incarnation* is not looked at:
 whether mail for a room is late is the machine's to say.
 
+Messages that may wait travel together, up to ``FRAME_MESSAGES`` in a frame. What a message costs both ends and ZeroMQ's
+threads is then shared by several when there is much to say, and nobody waits longer than to the end of a loop's turn.
+
 What the simulator's network promises (``sim/world.py``) holds here too. A channel keeps its order: serials rise, and
 a message that was overtaken, which can happen when a connection is made anew, is dropped like a duplicate. What a
 disconnect lost is noticed by both ends: a gap in the serials puts a ``Missed`` before the message that revealed it,
@@ -73,6 +76,10 @@ CHANNEL_IDLE_S: Final = 300.0
 CHANNEL_BUSY_S: Final = 10.0
 SENDERS_MAX: Final = 4096
 RECEIVE_LIMIT: Final = 1024
+FRAME_MESSAGES: Final = 8
+"""Messages that are sent together, where their sender allows them to wait: fewer would cost more system calls, more
+would keep the peer idle until its turn comes."""
+
 FRAMES_KEPT: Final = 4
 WAKE_BYTES: Final = 4096
 PORT_MAX: Final = 65_535
@@ -100,14 +107,16 @@ class _Sender(NamedTuple):
 
 
 class _Channel:
-    """One PUSH socket, the last serial that was used on it, and when."""
+    """One PUSH socket, the last serial that was used on it, and when; what waits to be sent on it, and for whom."""
 
-    __slots__ = ("serial", "socket", "used")
+    __slots__ = ("serial", "socket", "target", "used", "waiting")
 
     def __init__(self, socket: zmq.Socket[bytes], serial: int) -> None:
         self.socket = socket
         self.serial = serial
         self.used = 0.0
+        self.waiting: list[Message] = []
+        self.target: tuple[str, int | None] = ("", None)
 
 
 class ControlPlane:
@@ -157,6 +166,7 @@ class ControlPlane:
         self._senders_max = senders_max
         self._clock = clock
         self._channels: dict[str, _Channel] = {}
+        self._waiting: dict[str, _Channel] = {}
         self._senders: dict[str, _Sender] = {}
         self._serials: dict[str, int] = {}
         self._serial_floor = 0
@@ -250,6 +260,7 @@ class ControlPlane:
 
     def retire(self, endpoint: str) -> None:
         """Close the channel to a peer that is gone; what is queued for it is lost. A later ``send`` opens another."""
+        self._waiting.pop(endpoint, None)
         channel = self._channels.pop(endpoint, None)
         if channel is None:
             return
@@ -278,34 +289,71 @@ class ControlPlane:
 
     # -- sending
 
-    def send(self, endpoint: str, node: str, epoch: int | None, message: Message) -> bool:
+    def send(self, endpoint: str, node: str, epoch: int | None, message: Message, may_wait: bool = False) -> bool:
         """Hand a message for ``node``, in its life ``epoch`` (None: any), to the queue of its channel.
 
-        Returns at once. False says that it was dropped and counted; True promises nothing but order: only an answer
-        proves that it arrived.
+        may_wait: it may stay here until others join it, at the longest until ``flush``; a loop calls that before it
+        sleeps. Returns at once. False says that it was dropped and counted; True promises nothing but order: only an
+        answer proves that it arrived.
         """
         self._own()
-        return self._send(endpoint, node, epoch, message, may_evict=True)
+        return self._send(endpoint, node, epoch, message, may_wait=may_wait)
 
-    def _send(self, endpoint: str, node: str, epoch: int | None, message: Message, may_evict: bool) -> bool:
+    def _send(
+        self, endpoint: str, node: str, epoch: int | None, message: Message,
+        may_evict: bool = True, may_wait: bool = False,
+    ) -> bool:  # fmt: skip
         if self._closed:
             return self._drop("closed", endpoint)
         channel = self._channel(endpoint, may_evict)
         if isinstance(channel, str):
             return self._drop(channel, endpoint)
+        target = (node, epoch)
+        if channel.waiting and channel.target != target:
+            self._flush(endpoint, channel)
         # A serial is used up even by what is dropped below: the peer then sees the gap and both ends know.
         channel.serial += 1
+        channel.target = target
+        channel.waiting.append(message)
+        if may_wait and len(channel.waiting) < FRAME_MESSAGES:
+            self._waiting[endpoint] = channel
+            return True
+        return self._flush(endpoint, channel)
+
+    def flush(self) -> None:
+        """Send what waits."""
+        while self._waiting:
+            endpoint, channel = self._waiting.popitem()
+            self._flush(endpoint, channel)
+
+    def _flush(self, endpoint: str, channel: _Channel) -> bool:
+        """Send what waits on a channel, in one frame. False when any of it was dropped."""
+        messages, channel.waiting = channel.waiting, []
+        if not messages:
+            return True
         channel.used = self._clock()
-        envelope = Envelope(self.node, self.epoch, self.endpoint, channel.serial, node, epoch)
+        first = channel.serial - len(messages) + 1
         try:
-            (frame,) = encode(envelope, message, self._token)
-            channel.socket.send(frame, zmq.DONTWAIT)
-        except MalformedMessage as error:
-            return self._drop("unencodable", f"{type(message).__name__} for {node}: {error}")
+            self._send_frame(channel, first, messages)
+            return True
         except zmq.Again:
-            return self._drop("queue_full", endpoint)
-        self.sent += 1
-        return True
+            for _ in messages:
+                self._drop("queue_full", endpoint)
+            return False
+        except MalformedMessage as error:
+            if len(messages) == 1:
+                return self._drop("unencodable", f"{type(messages[0]).__name__} for {channel.target[0]}: {error}")
+        sent = []
+        for serial, message in enumerate(messages, first):  # the good ones shall not suffer for the bad one
+            channel.waiting, channel.serial = [message], serial
+            sent.append(self._flush(endpoint, channel))
+        return all(sent)
+
+    def _send_frame(self, channel: _Channel, serial: int, messages: list[Message]) -> None:
+        envelope = Envelope(self.node, self.epoch, self.endpoint, serial, *channel.target)
+        (frame,) = encode(envelope, messages, self._token)
+        channel.socket.send(frame, zmq.DONTWAIT)
+        self.sent += len(messages)
 
     def _drop(self, reason: str, detail: str) -> bool:
         """Count it, and log it when the count is a power of two: a flood fills no disk."""
@@ -354,18 +402,20 @@ class ControlPlane:
 
     def _take(self, frames: list[bytes], inbox: list[tuple[Envelope, Message]]) -> None:
         try:
-            envelope, message = decode(frames, self._token)
+            envelope, messages = decode(frames, self._token)
         except MalformedMessage as error:
             # Its place in the channel is used up, so that it does not look lost; it counts once, as what it is first.
-            if error.envelope is None or self._admit(error.envelope, inbox):
+            if error.envelope is None or self._admit(error.envelope, error.count, inbox):
                 self._drop(error.reason, str(error))
             return
-        if self._admit(envelope, inbox):
-            self.received += 1
-            inbox.append((envelope, message))
+        if self._admit(envelope, len(messages), inbox):
+            self.received += len(messages)
+            inbox.append((envelope, messages[0]))
+            for number, message in enumerate(messages[1:], envelope.serial + 1):
+                inbox.append((_numbered(envelope, number), message))
 
-    def _admit(self, envelope: Envelope, inbox: list[tuple[Envelope, Message]]) -> bool:
-        """Is this message for us, from a life that is not over, and next in its channel? A gap goes to the inbox."""
+    def _admit(self, envelope: Envelope, count: int, inbox: list[tuple[Envelope, Message]]) -> bool:
+        """Is this for us, from a life that is not over, and next in its channel? A gap goes to the inbox."""
         name, epoch, serial = envelope.node, envelope.epoch, envelope.serial
         if envelope.target != self.node or envelope.target_epoch not in (None, self.epoch):
             life = f"{envelope.target} epoch {envelope.target_epoch}"
@@ -379,7 +429,7 @@ class ControlPlane:
             return self._drop(reason, f"{name} epoch {epoch} serial {serial} after {seen}")
         if seen is None and len(self._senders) >= self._senders_max:
             del self._senders[next(iter(self._senders))]  # the one that has been silent for longest
-        self._senders[name] = _Sender(epoch, serial)
+        self._senders[name] = _Sender(epoch, serial + count - 1)
         if seen is not None and epoch == seen.epoch and serial > seen.serial + 1:
             gap = serial - seen.serial - 1
             self.missed += gap
@@ -456,6 +506,7 @@ class ControlPlane:
         linger_s: how long what is still queued (a Goodbye) may take to leave; at most ``CLOSE_BOUND_S`` / 2.
         """
         self._own()
+        self.flush()
         with self._wake_lock:
             if self._closed:
                 return
@@ -487,6 +538,11 @@ class ControlPlane:
             self._owner = here
         elif self._owner != here:
             raise RuntimeError(f"the control plane of {self.node} is used by two threads; only wake() may be (A26)")
+
+
+def _numbered(first: Envelope, serial: int) -> Envelope:
+    """The envelope of a later message of a frame."""
+    return Envelope(first.node, first.epoch, first.endpoint, serial, first.target, first.target_epoch)
 
 
 def _settle(socket: zmq.Socket[bytes]) -> None:

@@ -13,6 +13,7 @@ from kvpoll.runtime.control.messages import (
     ATTEMPT_MAX,
     CAUSE_CHARS_MAX,
     EPOCH_MAX,
+    FRAME_MESSAGES_MAX,
     HEAD_BYTES,
     INDEX_MAX,
     MESSAGE_BYTES_MAX,
@@ -22,6 +23,7 @@ from kvpoll.runtime.control.messages import (
     ROOM_MAX,
     ROW_MAX,
     SERIAL_MAX,
+    VERSION,
     Abort,
     AbortAck,
     Agreed,
@@ -97,12 +99,12 @@ ENVELOPES = st.builds(
 
 def sealed(body: bytes) -> list[bytes]:
     """A frame that is ours up to its body."""
-    return [b"KVP\x01" + bytes(16) + body]
+    return [b"KVP" + bytes([VERSION]) + bytes(16) + body]
 
 
 def wire(message: Any, envelope: Any = ENVELOPE) -> list[bytes]:
     """Frames as somebody might write them who checks nothing."""
-    return sealed(msgspec.msgpack.encode((envelope, message)))
+    return sealed(msgspec.msgpack.encode((envelope, [message])))
 
 
 def refusal(frames: list[bytes], token: bytes | None = None) -> tuple[str, bool]:
@@ -127,17 +129,17 @@ def test_every_message_has_a_strategy_here_and_a_tag_of_its_own() -> None:
 def test_a_message_arrives_as_it_was_sent(kind: type[msgspec.Struct]) -> None:
     @given(ENVELOPES, ANY[kind], st.none() | st.binary(min_size=1, max_size=64))
     def there_and_back(envelope: Envelope, message: Any, token: bytes | None) -> None:
-        frames = encode(envelope, message, token)
+        frames = encode(envelope, [message], token)
         arrived = decode(frames, token)
-        assert arrived == (envelope, message)
-        assert type(arrived[1]) is kind
+        assert arrived == (envelope, (message,))
+        assert type(arrived[1][0]) is kind
         assert len(frames) == 1
 
     there_and_back()
 
 
 def test_an_incarnation_arrives_as_one() -> None:
-    _, abort = decode(encode(ENVELOPE, Abort(ROOM, 3, OWNER)))
+    _, (abort,) = decode(encode(ENVELOPE, [Abort(ROOM, 3, OWNER)]))
     assert isinstance(abort, Abort)
     assert type(abort.incarnation) is type(abort.owner) is Incarnation
     assert abort.incarnation.pair == (7, 1)
@@ -158,7 +160,7 @@ def test_a_page_number_has_31_bits(numbers: list[int]) -> None:
 def test_a_request_in_small_pages_fits() -> None:
     """A prompt of a million tokens at SGLang's default of one token a page."""
     message = Metadata(ROOM, 0, 1, OWNER, pack_pages(range(1_000_000)), 0, b"", b"")
-    assert decode(encode(ENVELOPE, message))[1] == message
+    assert decode(encode(ENVELOPE, [message]))[1] == (message,)
 
 
 # --- what an author may not send ------------------------------------------------------------------
@@ -183,13 +185,13 @@ OUT_OF_BOUNDS = {
 @pytest.mark.parametrize("message", OUT_OF_BOUNDS.values(), ids=OUT_OF_BOUNDS)
 def test_what_the_receiver_would_refuse_is_refused_at_its_author(message: Any) -> None:
     with pytest.raises(MalformedMessage) as caught:
-        encode(ENVELOPE, message)
+        encode(ENVELOPE, [message])
     assert caught.value.reason == "malformed"
 
 
 def test_a_message_that_is_too_long_is_refused_at_its_author() -> None:
     with pytest.raises(MalformedMessage) as caught:
-        encode(ENVELOPE, Step(1, bytes(MESSAGE_BYTES_MAX)))
+        encode(ENVELOPE, [Step(1, bytes(MESSAGE_BYTES_MAX))])
     assert caught.value.reason == "oversized"
 
 
@@ -220,7 +222,7 @@ def test_a_cause_is_cut_rather_than_its_notice_lost(kind: type, cause: str) -> N
         Reply: Reply("r", "failed", "decode", cause),
         Goodbye: Goodbye(cause),
     }[kind]
-    _, arrived = decode(encode(ENVELOPE, message))
+    _, (arrived,) = decode(encode(ENVELOPE, [message]))
     field = "reason" if kind is Goodbye else "cause"
     kept = getattr(arrived, field)
     assert kept == cause.replace("\udc80", "?")[:CAUSE_CHARS_MAX]
@@ -246,7 +248,7 @@ MALFORMED = {
     "a short frame": [b"KVP"],
     "another protocol": [b"GET / HTTP/1.1\r\n"],
     "two frames": [*wire(PING), b""],
-    "a version and nothing else": [b"KVP\x01" + bytes(16)],
+    "a version and nothing else": [b"KVP" + bytes([VERSION]) + bytes(16)],
     "a body that is no MessagePack": sealed(b"\xc1\xc1"),
     "a body that is too short": [wire(PING)[0][:-4]],
     "a body with something behind it": [wire(PING)[0] + b"\0"],
@@ -299,15 +301,29 @@ def test_a_readable_envelope_is_kept_when_the_message_is_malformed(body: Any) ->
     assert refusal(wire(body)) == ("malformed", True)
 
 
+def test_several_messages_travel_in_one_frame_and_one_bad_one_condemns_them_but_says_how_many_they_were() -> None:
+    told = [Ping(1), Status(ROOM, 0, "Success"), Pong(2)]
+    (frame,) = encode(ENVELOPE, told)
+    assert decode([frame]) == (ENVELOPE, tuple(told))
+    for bad in ([5, "1"], [200, 1]):
+        with pytest.raises(MalformedMessage) as caught:
+            decode(sealed(msgspec.msgpack.encode((ENVELOPE, [told[0], bad, told[2]]))))
+        assert caught.value.envelope == ENVELOPE and caught.value.count == 3
+    for none_or_many in ([], [Ping(1)] * (FRAME_MESSAGES_MAX + 1)):
+        assert refusal(sealed(msgspec.msgpack.encode((ENVELOPE, none_or_many)))) == ("malformed", True)
+        with pytest.raises(MalformedMessage):
+            encode(ENVELOPE, none_or_many)
+
+
 @pytest.mark.parametrize("tag", [0, len(MESSAGES) + 1, 127])
 def test_a_tag_of_a_later_version_is_unknown(tag: int) -> None:
     assert refusal(wire([tag, 1, 2, 3])) == ("unknown_type", True)
 
 
-@pytest.mark.parametrize("version", [0, 2, 255])
+@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, 255])
 def test_another_version_is_named(version: int) -> None:
-    (frame,) = encode(ENVELOPE, Ping(1))
-    with pytest.raises(MalformedMessage, match=f"version {version}, this is version 1") as caught:
+    (frame,) = encode(ENVELOPE, [Ping(1)])
+    with pytest.raises(MalformedMessage, match=f"version {version}, this is version {VERSION}") as caught:
         decode([b"KVP" + bytes([version]) + frame[4:]])
     assert caught.value.reason == "wrong_version"
 
@@ -318,12 +334,12 @@ def test_a_frame_that_is_too_long_is_not_even_read() -> None:
 
 @pytest.mark.parametrize("ours, theirs", [(b"ours", b"theirs"), (b"ours", None), (None, b"theirs")])
 def test_a_stranger_has_another_token_or_none(ours: bytes | None, theirs: bytes | None) -> None:
-    assert refusal(encode(ENVELOPE, Ping(1), theirs), ours) == ("wrong_token", False)
+    assert refusal(encode(ENVELOPE, [Ping(1)], theirs), ours) == ("wrong_token", False)
 
 
 @given(st.integers(0, 300), st.integers(1, 255))
 def test_a_seal_covers_every_byte_behind_it(place: int, change: int) -> None:
-    (frame,) = encode(ENVELOPE, Status(ROOM, 0, "Failed", "x" * 300), b"ours")
+    (frame,) = encode(ENVELOPE, [Status(ROOM, 0, "Failed", "x" * 300)], b"ours")
     changed = bytearray(frame)
     changed[HEAD_BYTES + place] ^= change
     assert refusal([bytes(changed)], b"ours") == ("wrong_token", False)
@@ -343,7 +359,7 @@ def test_random_bodies_are_refused_with_a_reason(body: bytes) -> None:
 @given(st.sampled_from(MESSAGES).flatmap(lambda kind: ANY[kind]), st.data())
 def test_a_message_with_one_byte_changed_is_refused_or_still_one(message: Any, data: st.DataObject) -> None:
     """Nothing but a message or MalformedMessage comes out, whatever a broken sender did to one."""
-    (frame,) = encode(ENVELOPE, message)
+    (frame,) = encode(ENVELOPE, [message])
     place = data.draw(st.integers(0, len(frame) - 1))
     changed = frame[:place] + bytes([data.draw(st.integers(0, 255))]) + frame[place + 1 :]
     try:

@@ -39,7 +39,7 @@ class Stranger:
 
     def letter(self, message: Any, serial: int, node: str = "D0", epoch: int = 0, target_epoch: int | None = 0,
                target: str = "P0", endpoint: str = "tcp://127.0.0.1:9", token: bytes | None = None) -> None:  # fmt: skip
-        self.send(*encode(Envelope(node, epoch, endpoint, serial, target, target_epoch), message, token))
+        self.send(*encode(Envelope(node, epoch, endpoint, serial, target, target_epoch), [message], token))
 
     def close(self) -> None:
         self.socket.close(linger=0)

@@ -13,6 +13,7 @@ from control_stage import PATIENCE_S, bodies, drops, making_planes, making_stran
 
 from kvpoll.runtime.control.messages import (
     MESSAGE_BYTES_MAX,
+    VERSION,
     AbortAck,
     Envelope,
     Goodbye,
@@ -23,6 +24,7 @@ from kvpoll.runtime.control.messages import (
     Step,
     encode,
 )
+from kvpoll.runtime.control.plane import FRAME_MESSAGES
 from kvpoll.spec.source import BadInput
 from kvpoll.spec.vocabulary import Incarnation
 
@@ -73,6 +75,40 @@ def test_a_channel_keeps_its_order(planes: Any) -> None:
     assert (drops(prefill), prefill.missed) == ({}, 0)
 
 
+def test_what_may_wait_travels_together_and_in_order(planes: Any) -> None:
+    """Until there are enough for a frame, one comes that may not wait, one is for another life, or ``flush``."""
+    prefill, decode = planes("P0", 3), planes("D0")
+
+    def send(first: int, last: int, epoch: int | None = 3, may_wait: bool = True) -> None:
+        for number in range(first, last):
+            assert decode.send(prefill.endpoint, "P0", epoch, Step(number, b""), may_wait)
+
+    send(0, FRAME_MESSAGES)
+    inbox = read(prefill, FRAME_MESSAGES)
+    send(8, 11)
+    assert decode.sent == FRAME_MESSAGES and prefill.receive() == []
+    send(11, 12, may_wait=False)
+    send(12, 14)
+    send(14, 16, epoch=None)
+    inbox += read(prefill, 6)
+    assert decode.sent == 14
+    decode.flush()
+    inbox += read(prefill, 2)
+    assert [message.number for _, message in inbox] == list(range(16))
+    assert [envelope.serial for envelope, _ in inbox] == list(range(1, 17))
+    assert [envelope.target_epoch for envelope, _ in inbox] == [3] * 14 + [None] * 2
+    assert (drops(prefill), prefill.missed, prefill.received) == ({}, 0, 16)
+
+
+def test_one_that_cannot_be_written_does_not_take_its_companions_along(planes: Any) -> None:
+    prefill, decode = planes("P0"), planes("D0")
+    for message in (Step(1, b""), Step(-1, b""), Step(2, b"")):
+        assert decode.send(prefill.endpoint, "P0", 0, message, may_wait=True)
+    decode.flush()
+    assert [message.number for message in bodies(read(prefill, 2)) if isinstance(message, Step)] == [1, 2]
+    assert drops(decode) == {"unencodable": 1} and prefill.missed == 1
+
+
 def test_one_call_reads_no_more_than_it_was_allowed(planes: Any) -> None:
     prefill, decode = planes("P0"), planes("D0")
     for number in range(30):
@@ -118,20 +154,20 @@ GOOD = Envelope("D0", 0, "tcp://127.0.0.1:9", 1, "P0")
 
 def tampered(body: Any, serial: int = 1) -> bytes:
     envelope = msgspec.structs.replace(GOOD, serial=serial)
-    return b"KVP\x01" + bytes(16) + msgspec.msgpack.encode((envelope, body))
+    return b"KVP" + bytes([VERSION]) + bytes(16) + msgspec.msgpack.encode((envelope, [body]))
 
 
 BAD_FRAMES = {
     "foreign": [[b"ABORT", b"7"], [b"7", b"4", b"0"], [b"None", b"10.0.0.1", b"41000"], [b"NixlMsgGuard", b"None"]],
     "malformed": [[b""], [b"", b"", b""], [b"KVP"], [b"GET /"], [tampered([5])], [tampered(["x"], 2)], [tampered([5, 1]), b""]],
-    "wrong_version": [[b"KVP\x02" + tampered([5, 1])[4:]]],
-    "wrong_token": [encode(GOOD, Ping(1), b"theirs")],
+    "wrong_version": [[b"KVP" + bytes([VERSION + 1]) + tampered([5, 1])[4:]]],
+    "wrong_token": [encode(GOOD, [Ping(1)], b"theirs")],
     "unknown_type": [[tampered([99, 1])]],
-    "oversized": [[b"KVP\x01" + bytes(MESSAGE_BYTES_MAX)]],
+    "oversized": [[b"KVP" + bytes([VERSION]) + bytes(MESSAGE_BYTES_MAX)]],
     "wrong_target": [
-        encode(msgspec.structs.replace(GOOD, target="P1"), Ping(1)),
-        encode(msgspec.structs.replace(GOOD, target_epoch=6), Ping(1)),
-        encode(msgspec.structs.replace(GOOD, target_epoch=8), Ping(1)),
+        encode(msgspec.structs.replace(GOOD, target="P1"), [Ping(1)]),
+        encode(msgspec.structs.replace(GOOD, target_epoch=6), [Ping(1)]),
+        encode(msgspec.structs.replace(GOOD, target_epoch=8), [Ping(1)]),
     ],
 }  # fmt: skip
 
@@ -177,7 +213,7 @@ def test_a_message_of_many_frames_does_not_keep_the_loop(planes: Any, strangers:
 def test_random_frames_end_nothing(planes: Any, strangers: Any) -> None:
     plane = planes("P0")
     stranger, chance = strangers(plane), random.Random(4)
-    good = encode(GOOD, Status(ROOM, 1, "Failed", "cause"))[0]
+    good = encode(GOOD, [Status(ROOM, 1, "Failed", "cause")])[0]
     for _ in range(2000):
         frames = [chance.randbytes(chance.randrange(60)) for _ in range(chance.choice((1, 1, 2, 3, 9)))]
         if chance.random() < 0.5:
