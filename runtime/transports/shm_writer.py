@@ -51,6 +51,7 @@ class _Pool:
     def __init__(self, connection: socket.socket, owner: Descriptor, files: list[int]) -> None:
         self.connection = connection
         self.mappings: list[Mapping] = []
+        self.is_whole = all(owner.shared)
         self.control = ControlView(files[0], owner.epoch)
         self._watch = select.poll()
         self._watching = threading.Lock()  # the writer's thread and one that posts may both look
@@ -108,10 +109,10 @@ class ShmPeer(WriterThread):
         """
         if len(copies.nbytes) > AT_ONCE_RANGES or self._bytes_per_s is not None or self._queue or self._current:
             return False
-        ranges = list(zip(*(column.tolist() for column in copies), strict=True))
+        ranges = zip(copies.source.tolist(), copies.target.tolist(), copies.nbytes.tolist(), strict=True)
         with self._placing:  # the thread unmaps under this lock
             pool = self._pool
-            if pool is None or not all(self.descriptor.shared) or self._why_stop(pool, tag) is not None:
+            if pool is None or not pool.is_whole or self._why_stop(pool, tag) is not None:
                 return False
             moves, left = [], AT_ONCE_BYTES
             for here, there, nbytes in ranges:
@@ -120,8 +121,8 @@ class ShmPeer(WriterThread):
                 if read is None or write is None or left < 0:
                     return False
                 moves.append((write, read, nbytes))
-            for move in moves:
-                ctypes.memmove(*move)
+            for write, read, nbytes in moves:
+                ctypes.memmove(write, read, nbytes)
         return True
 
     def end(self, reason: str, *, retired: bool) -> None:

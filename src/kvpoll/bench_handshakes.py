@@ -11,6 +11,7 @@ with SGLang. The engine is driven by callbacks, which is what an embedding engin
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import sys
@@ -153,6 +154,8 @@ def main(role: str, address: str = "", settings: str = "{}") -> None:
     print(json.dumps({"ready": side.address}), flush=True)
     try:
         for line in sys.stdin:
+            gc.collect()
+            gc.freeze()  # as an engine does when it is warm; ``bench_sglang`` does it too
             print(json.dumps(Drive(side, **json.loads(line)).run()), flush=True)
     finally:
         side.close()

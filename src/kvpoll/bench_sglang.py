@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -302,6 +303,8 @@ def main(role: str, address: str = "") -> None:
     side = Side(role, address)
     print(json.dumps({"ready": side.address}), file=answers)
     for line in sys.stdin:
+        gc.collect()
+        gc.freeze()  # as SGLang's server does when it is warm, and bench_handshakes
         print(json.dumps(drive(side, **json.loads(line))), file=answers)
     os._exit(0)  # SGLang leaves threads that never end
 

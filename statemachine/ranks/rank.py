@@ -132,7 +132,7 @@ class Rank:
             else:
                 self.rooms[number] = after
         if after is not room or actions:
-            if (actions or self._is_news(room, after)) and self.host.wants(Stepped):
+            if self.host.wants(Stepped) and (actions or self._is_news(room, after)):
                 self._tell(room, after, kind, incarnation, detail, actions)
             for action in actions:
                 self._actions[action.kind](action, origin)

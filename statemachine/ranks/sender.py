@@ -173,8 +173,9 @@ class SenderRank(Rank):
 
     def poll(self, entry: Entry) -> str:
         """State of the request's room, by name; Absent when the room is another's."""
-        room = self.rooms.get(entry.incarnation.room)
-        if room is None or self.key(room.incarnation) != self.key(entry.incarnation):
+        own = entry.incarnation
+        room = self.rooms.get(own.room)
+        if room is None or (room.incarnation is not own and self.key(room.incarnation) != self.key(own)):
             return "Absent"
         return room.local.poll
 
