@@ -38,6 +38,11 @@ AT_ONCE_BYTES: Final = 64 << 10
 AT_ONCE_RANGES: Final = 256
 """A write of at most so much is placed by the thread that posts it, in some tens of microseconds."""
 
+MOVE: Final = ctypes.PyDLL(None).memmove
+"""memmove that keeps the interpreter's lock: for a few KiB, to give it away and take it back costs more."""
+MOVE.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+MOVE.restype = ctypes.c_void_p
+
 _ANSWER_LIMIT_S: Final = 5.0
 
 
@@ -54,7 +59,6 @@ class _Pool:
         self.is_whole = all(owner.shared)
         self.control = ControlView(files[0], owner.epoch)
         self._watch = select.poll()
-        self._watching = threading.Lock()  # the writer's thread and one that posts may both look
         self._watch.register(connection, select.POLLIN)
         bases, rest = [], iter(files[1:])
         try:
@@ -68,10 +72,9 @@ class _Pool:
         self.space = Space(owner.sizes, bases)
 
     def has_owner(self) -> bool:
-        """Whether the owner's end of the socket is open. Costs about a microsecond."""
+        """Whether the owner's end of the socket is open. For the writer's thread only."""
         # The owner sends nothing after its welcome, so whatever there is to read is the end.
-        with self._watching:
-            return not self._watch.poll(0)
+        return not self._watch.poll(0)
 
     def close(self, *, bye: bool = False) -> None:
         """Unmap, then end the connection: in this order its end proves that nothing is written any more."""
@@ -112,7 +115,9 @@ class ShmPeer(WriterThread):
         ranges = zip(copies.source.tolist(), copies.target.tolist(), copies.nbytes.tolist(), strict=True)
         with self._placing:  # the thread unmaps under this lock
             pool = self._pool
-            if pool is None or not pool.is_whole or self._why_stop(pool, tag) is not None:
+            if pool is None or not pool.is_whole or self._gone is not None:  # the thread watches the owner's end
+                return False
+            if pool.control.why_stop(tag.incarnation) is not None:
                 return False
             moves, left = [], AT_ONCE_BYTES
             for here, there, nbytes in ranges:
@@ -122,7 +127,7 @@ class ShmPeer(WriterThread):
                     return False
                 moves.append((write, read, nbytes))
             for write, read, nbytes in moves:
-                ctypes.memmove(write, read, nbytes)
+                MOVE(write, read, nbytes)
         return True
 
     def end(self, reason: str, *, retired: bool) -> None:
