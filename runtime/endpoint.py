@@ -376,11 +376,17 @@ class Endpoint(Listener):
     def polled(self, pair: tuple[int, int], name: str, cause: str | None) -> None:
         """A room has another poll."""
         poll = POLLS.get(name)
-        if poll is None:
-            return  # Announced, Retired: nothing that an engine polls
-        transfer = self.transfers.get(pair)
-        if transfer is not None:
-            self._moved(transfer, poll, cause)
+        transfer = self.transfers.get(pair) if poll is not None else None  # nobody polls Announced or Retired
+        if transfer is None or poll is None or poll is transfer.poll():  # that a room was opened is no news
+            return
+        self.metrics.moved(transfer, poll, cause)
+        transfer.move(poll, cause)
+        if poll is KVPoll.Failed:
+            self.log("failed", pair, rid=transfer.rid, cause=cause)
+            if not transfer.pages_free:
+                self.log("quarantined", pair, rid=transfer.rid, cause=cause, pages=transfer.pages_held())
+        elif poll is KVPoll.Success:
+            self.log("succeeded", pair, rid=transfer.rid)
 
     def freed(self, pair: tuple[int, int], keys: Sequence[Key]) -> None:
         """Memory is the engine's again."""
@@ -406,18 +412,6 @@ class Endpoint(Listener):
     def _forget(self, transfer: Transfer) -> None:
         if transfer.forget():
             self.transfers.pop(transfer.pair, None)
-
-    def _moved(self, transfer: Transfer, poll: KVPoll, cause: str | None) -> None:
-        if poll is transfer.poll():
-            return  # that a room was opened is no news to its engine
-        self.metrics.moved(transfer, poll, cause)
-        transfer.move(poll, cause)
-        if poll is KVPoll.Failed:
-            self.log("failed", transfer.pair, rid=transfer.rid, cause=cause)
-            if not transfer.pages_free:
-                self.log("quarantined", transfer.pair, rid=transfer.rid, cause=cause, pages=transfer.pages_held())
-        elif poll is KVPoll.Success:
-            self.log("succeeded", transfer.pair, rid=transfer.rid)
 
     def _violated(self, event: Violated) -> None:
         self.violations.append(event)

@@ -10,6 +10,7 @@ import logging
 import random
 from collections.abc import Callable
 from functools import partial
+from time import monotonic
 from typing import Any, Final, NamedTuple
 
 from msgspec.structs import replace
@@ -123,7 +124,8 @@ class Host:
     @property
     def now(self) -> float:
         """Seconds since the start of the trace."""
-        return self.loop.now
+        origin, speed = self.loop.clock
+        return (monotonic() - origin) * speed
 
     def wants(self, event_type: type[Any]) -> bool:
         """Does a recorder, a monitor or a gauge listen for this type?"""
@@ -184,7 +186,9 @@ class Host:
             return wire.Abort(incarnation, index, own)
         if kind == "Status":
             index, outcome = arguments
-            return wire.Status(incarnation, index, outcome, self._cause_of(incarnation))
+            return wire.Status(
+                incarnation, index, outcome, self._cause_of(incarnation) if outcome == "Failed" else None
+            )
         if kind == "AbortAck":
             return wire.AbortAck(incarnation, arguments[0])
         return self.written(kind, incarnation, arguments)

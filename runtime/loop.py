@@ -63,7 +63,7 @@ class Loop:
     def __init__(self, plane: ControlPlane, origin: float | None = None, speed: float = 1.0) -> None:
         """origin: monotonic seconds of the trace's start (now, where it is None). speed: see above."""
         self.plane = plane
-        self._clock = (time.monotonic() if origin is None else origin, speed)
+        self.clock = (time.monotonic() if origin is None else origin, speed)  # read by other threads, in one look
         self.stopped = False
         self.failed: list[str] = []
         self.before_wait: list[Callable[[], None]] = []
@@ -76,29 +76,29 @@ class Loop:
     @property
     def now(self) -> float:
         """Seconds since the origin, ``speed`` times as fast as the wall."""
-        origin, speed = self._clock  # one look: other threads read the time too
+        origin, speed = self.clock
         return (time.monotonic() - origin) * speed
 
     @property
     def origin(self) -> float:
         """Monotonic second at which the trace's time was, or would have been, zero."""
-        return self._clock[0]
+        return self.clock[0]
 
     @origin.setter
     def origin(self, origin: float) -> None:
-        self._clock = (origin, self.speed)
+        self.clock = (origin, self.speed)
 
     @property
     def speed(self) -> float:
         """How much faster than the wall time runs."""
-        return self._clock[1]
+        return self.clock[1]
 
     def change_speed(self, at: float, speed: float) -> None:
         """From monotonic second ``at`` on, time runs at this speed; it does not jump there. Processes that are told
         the same agree again, however late each hears of it, as long as ``at`` is past and ``speed`` does not fall.
         """
-        origin, former = self._clock
-        self._clock = (at - (at - origin) * former / speed, speed)
+        origin, former = self.clock
+        self.clock = (at - (at - origin) * former / speed, speed)
 
     # -- from the loop's own thread
 

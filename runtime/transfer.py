@@ -215,15 +215,13 @@ class Transfer:
             return
         self._held.difference_update(keys)
         if not self._held:
-            self._wake()
-            self._call(self.on_pages_free, self)
+            self._tell(self.on_pages_free, self)
 
     def move(self, poll: KVPoll, cause: str | None) -> None:
         """The room has another poll. From the endpoint's thread."""
         self._cause = cause if poll == KVPoll.Failed else None
         self._poll = poll  # after the cause, which whoever sees Failed may ask for
-        self._wake()
-        self._call(self.on_poll, self, poll)
+        self._tell(self.on_poll, self, poll)
 
     def finish(self) -> None:
         """The rank has carried out its release. From the endpoint's thread."""
@@ -234,7 +232,11 @@ class Transfer:
         self._is_forgotten = self._is_finished and not self._held
         return self._is_forgotten
 
-    def _call(self, callback: Callable[..., None] | None, *arguments: Any) -> None:
+    def _tell(self, callback: Callable[..., None] | None, *arguments: Any) -> None:
+        """Something has changed: wake who waits, and call back."""
+        if self._waiters:
+            for wake in list(self._waiters):
+                wake()
         if callback is None:
             return
         try:
@@ -242,11 +244,6 @@ class Transfer:
         except Exception:  # the engine's mistake; neither this request's machine nor another request may feel it (S10)
             self.endpoint.callback_errors += 1
             _log.exception("%s: a callback of %s failed", self.endpoint.node, self.rid)
-
-    def _wake(self) -> None:
-        if self._waiters:
-            for wake in list(self._waiters):
-                wake()
 
 
 class PrefillTransfer(Transfer):

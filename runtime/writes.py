@@ -111,7 +111,7 @@ class Writes:
             host.emit(posted)
         try:
             peer, ranges = self._ranges(destination, pages, targets, row, first + len(pages))
-            handle = self.transport.post(peer, ranges, Tag(destination.incarnation, serial))
+            handle = self.transport.post(peer, ranges, Tag(own, serial))
         except (BadInput, TransportError, ValueError, LookupError) as error:
             _log.warning("%s: write %d to %s cannot be posted: %s", host.node, serial, destination.node, error)
             host.note(own.pair, str(error), host.reasons)
@@ -146,9 +146,10 @@ class Writes:
         peer = self.transport.connect(descriptor, destination.node, epoch)
         if row is None:
             return peer, known.copies(pages, targets)
-        room, attempt, _ = destination.incarnation
-        said = self.rows_said.get((room, attempt), aux_row.AuxRow(room, attempt, 0, 0, 0, 0))
-        self.pool.put_row(row, aux_row.pack(said._replace(pages=sent)))
+        pair = destination.incarnation.pair
+        said = self.rows_said.get(pair)
+        tokens = (0, 0, 0) if said is None else (said.first_token, said.prompt_tokens, said.cached_tokens)
+        self.pool.put_row(row, aux_row.pack(aux_row.AuxRow(*pair, *tokens, sent)))
         return peer, known.copies(pages, targets, (row, destination.row))
 
     # -- what became of them

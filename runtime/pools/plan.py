@@ -132,7 +132,7 @@ class Copier:
         columns = self._few(source_pages, target_pages) or self._many(source_pages, target_pages)
         if rows is not None:
             columns = self._with_row(columns, *rows)
-        return Copies(*(np.asarray(column, np.int64) for column in columns))
+        return Copies(*(np.array(columns, np.int64) if isinstance(columns[0], list) else columns))
 
     def _few(self, source_pages: Pages, target_pages: Pages) -> Columns | None:
         """The ranges by a loop; None when they are many, and when there is something wrong with the pages."""

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpoll.runtime.transports.interface import Offsets, Region
+from kvpoll.runtime.transports.interface import Copies, Offsets, Region
 
 Integers = NDArray[np.int64]
 
@@ -66,12 +66,21 @@ class Space:
             )
         return region
 
-    def address_of(self, offset: int, nbytes: int) -> int | None:
-        """Address of one range, or None when no region holds it whole: ``regions_of`` and ``addresses_of`` of one."""
-        region = bisect_right(self._starts, offset) - 1
-        if region < 0 or nbytes <= 0 or offset + nbytes > self._ends[region]:
-            return None
-        return offset + self._shifts[region]
+    def moves(self, copies: Copies, target: Space) -> list[tuple[int, int, int]] | None:
+        """(target address, source address, bytes) of each range, or None when a region of the two spaces does not hold
+        it whole: what ``regions_of`` and ``addresses_of`` say of arrays, of a few ranges.
+        """
+        found = []
+        for source, to, nbytes in zip(
+            copies.source.tolist(), copies.target.tolist(), copies.nbytes.tolist(), strict=True
+        ):
+            here, there = bisect_right(self._starts, source) - 1, bisect_right(target._starts, to) - 1
+            if here < 0 or there < 0 or nbytes <= 0:
+                return None
+            if source + nbytes > self._ends[here] or to + nbytes > target._ends[there]:
+                return None
+            found.append((to + target._shifts[there], source + self._shifts[here], nbytes))
+        return found
 
     def addresses_of(self, offsets: Offsets, regions: Integers) -> Integers:
         """Addresses of offsets that lie in these regions, int64[n]."""

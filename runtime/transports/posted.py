@@ -67,6 +67,12 @@ class PostedWrites:
             self._writes[write.handle] = write
         return write
 
+    def add_done(self, tag: Tag) -> int:
+        """Enter a write that was over before it was posted; whoever posts it will look. Its handle."""
+        write = Write(tag)
+        write.progress = DONE
+        return self.add(write).handle
+
     def add_ended(self, tag: Tag, refusal: str | None) -> int:
         """Enter a write that ends as it is posted: refused, or done because it had nothing to do. Its handle."""
         write = Write(tag)

@@ -91,7 +91,7 @@ class ShmTransport(PostingTransport[ShmPeer]):
     def post(self, peer: ShmPeer, copies: Copies, tag: Tag) -> int:
         """As ``PostingTransport.post``; a small write may be over when this returns."""
         if not self._closed and peer.place_at_once(self.space, copies, tag):
-            return self.writes.add_ended(tag, None)
+            return self.writes.add_done(tag)
         return super().post(peer, copies, tag)
 
     def _start(self, peer: ShmPeer, tag: Tag, plan: Plan) -> int:

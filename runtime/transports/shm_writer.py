@@ -112,22 +112,19 @@ class ShmPeer(WriterThread):
         """
         if len(copies.nbytes) > AT_ONCE_RANGES or self._bytes_per_s is not None or self._queue or self._current:
             return False
-        ranges = zip(copies.source.tolist(), copies.target.tolist(), copies.nbytes.tolist(), strict=True)
+        if copies.total > AT_ONCE_BYTES:
+            return False
         with self._placing:  # the thread unmaps under this lock
             pool = self._pool
             if pool is None or not pool.is_whole or self._gone is not None:  # the thread watches the owner's end
                 return False
             if pool.control.why_stop(tag.incarnation) is not None:
                 return False
-            moves, left = [], AT_ONCE_BYTES
-            for here, there, nbytes in ranges:
-                read, write = source.address_of(here, nbytes), pool.space.address_of(there, nbytes)
-                left -= nbytes
-                if read is None or write is None or left < 0:
-                    return False
-                moves.append((write, read, nbytes))
-            for write, read, nbytes in moves:
-                MOVE(write, read, nbytes)
+            moves = source.moves(copies, pool.space)
+            if moves is None:
+                return False
+            for to, here, nbytes in moves:
+                MOVE(to, here, nbytes)
         return True
 
     def end(self, reason: str, *, retired: bool) -> None:
