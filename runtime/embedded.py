@@ -203,7 +203,7 @@ class Sender(SenderRank):
 
     def poll_changed(self, room: Room) -> None:
         pair, poll = room.incarnation.pair, room.local.poll
-        self.listener.polled(pair, poll, self.real.why(room))
+        self.listener.polled(pair, poll, self.real.why(room) if poll == "Failed" else None)
         if poll == "Failed" and self.real.writes is not None:
             self.real.writes.abort(pair)
         super().poll_changed(room)
@@ -317,12 +317,15 @@ class Receiver(ReceiverRank):
         self.listener.polled(entry.request.pair, "Failed", entry.rejected)
 
     def poll_changed(self, room: Room) -> None:
-        pair, cause = room.incarnation.pair, self.real.why(room)
-        entry = self.by_pair.get(pair)
+        pair, local = room.incarnation.pair, room.local
+        if local.poll != "Failed":
+            self.listener.polled(pair, local.poll, None)
+            return
+        cause, entry = self.real.why(room), self.by_pair.get(pair)
         if entry is not None and cause == f"topology_{MISMATCH}":
             cause = f"{cause}: {self.real.misfits.get(entry.engine)}"
-        self.listener.polled(pair, room.local.poll, cause)
-        if room.local.poll == "Failed" and room.local.lease == "Draining":
+        self.listener.polled(pair, local.poll, cause)
+        if local.lease == "Draining":
             writes = self.real.writes
             if writes is not None and not writes.transport.caps.one_sided:
                 self.real.after(FENCE_AFTER_S, self._fence, room.incarnation)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from kvpoll.runtime.pools import aux_row
 from kvpoll.runtime.pools.layout import Layout, mismatch
 from kvpoll.runtime.pools.plan import Copier, copier
-from kvpoll.runtime.transports.interface import Copies, Tag, Transport, TransportError
+from kvpoll.runtime.transports.interface import Copies, Progress, Tag, Transport, TransportError
 from kvpoll.spec.source import BadInput
 from kvpoll.spec.trace import WriteLanded, WritePosted, WriteSettled
 from kvpoll.statemachine.ranks.host import Destination
@@ -119,8 +119,9 @@ class Writes:
             host.loop.soon(self._refused, serial, done)
             return
         write = self._pending[handle] = _Write(serial, destination, targets, row, ranges.total, done)
-        if self.transport.poll(handle).state != "pending":  # it was small, and is over already
-            host.loop.soon(self._look, handle, write)
+        progress = self.transport.poll(handle)
+        if progress.state != "pending":  # it was small, and is over already
+            host.loop.soon(self._ended, handle, write, progress)
 
     def _refused(self, serial: int, done: Done) -> None:
         """Nothing was sent, so nothing is in flight: failed and settled are one moment."""
@@ -163,19 +164,17 @@ class Writes:
     def _poll(self) -> None:
         self._is_polling = False
         for handle, write in list(self._pending.items()):
-            self._look(handle, write)
+            progress = self.transport.poll(handle)
+            if progress.state != "pending":
+                self._ended(handle, write, progress)
         for handle, write in list(self._unsettled.items()):
             if self.transport.poll(handle).drained:
                 self._drained(handle, write)
 
-    def _look(self, handle: int, write: _Write) -> None:
-        """Has a write ended that was pending?"""
-        if handle not in self._pending:
-            return
-        progress = self.transport.poll(handle)
-        if progress.state == "pending":
-            return
-        del self._pending[handle]
+    def _ended(self, handle: int, write: _Write, progress: Progress) -> None:
+        """A write is no longer pending."""
+        if self._pending.pop(handle, None) is None:
+            return  # this was heard before
         if progress.state == "done":
             self._completed(handle, write)
         else:

@@ -93,6 +93,7 @@ class Drive:
         self._rooms = itertools.count(first)
         self._end = first + requests
         self._window = window
+        self._ends = len(side.endpoints)
         self._over = threading.Event()
         self._lock = threading.Lock()
 
@@ -113,7 +114,7 @@ class Drive:
         if room >= self._end:
             return
         began = time.perf_counter()
-        left = len(self.side.endpoints)
+        left = self._ends
         pages = tuple(range(slot * PAGES_EACH, (slot + 1) * PAGES_EACH))
 
         def moved(end: Transfer, poll: KVPoll) -> None:
@@ -131,7 +132,7 @@ class Drive:
 
         def ended(end: Transfer) -> None:
             nonlocal left
-            if len(self.side.endpoints) > 1:
+            if self._ends > 1:
                 with self._lock:  # each endpoint calls back from its own thread
                     left -= 1
                     is_last = not left

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from operator import itemgetter
+from typing import Any, Final
 
 from kvpoll.spec.trace import IllegalFactRaised, LoopStopped, Queued, Stepped, new_event
-from kvpoll.spec.vocabulary import Action, Fact, Incarnation
+from kvpoll.spec.vocabulary import Action, Incarnation
 from kvpoll.statemachine.agreement import Report, report_on
 from kvpoll.statemachine.conduct import believes_in_attempts, illegal_fact_stops
 from kvpoll.statemachine.machine import IllegalFact, Room, RoomMachine
@@ -80,8 +81,18 @@ NOTHING_TO_DO = frozenset({"Absent", "Announced", "Bootstrapping", "Transferring
 """Polls on which no scheduler acts; a turn that sees nothing but these changes nothing, so none is taken."""
 
 
+KEYS: Final[dict[bool, Callable[[Incarnation], tuple[int, ...]]]] = {
+    True: itemgetter(slice(0, 2)),
+    False: itemgetter(slice(0, 1)),
+}
+"""What of an incarnation identifies a room, by whether the profile believes in attempts."""
+
+
 class Rank:
-    """What prefill and decode ranks share: the room table, timers, illegal facts, queue gauges."""
+    """What prefill and decode ranks share: the room table, timers, illegal facts, queue gauges.
+
+    key(incarnation): what the driver's own tables of a room are keyed by.
+    """
 
     role = ""
 
@@ -90,7 +101,7 @@ class Rank:
         self.host = engine.host
         self.node = node
         self.epoch = engine.epoch
-        self.strict = believes_in_attempts(self.host.profile)
+        self.key = KEYS[believes_in_attempts(self.host.profile)]
         self.machine = machine
         self.rooms: dict[int, Room] = {}
         self.entries: dict[str, Any] = {}
@@ -119,7 +130,7 @@ class Rank:
         if room is None:
             room = self.machine.absent(Incarnation(number, 0, self.engine.epoch))
         try:
-            after, actions = self.machine.step_room(room, new_event(Fact, (kind, incarnation, detail)))
+            after, actions = self.machine.take(room, kind, incarnation, detail)
         except IllegalFact as error:
             self._illegal(error, incarnation)
             return False
@@ -188,10 +199,6 @@ class Rank:
         """The room is gone; so is what the driver kept for it."""
 
     # -- what the scheduler reads
-
-    def key(self, incarnation: Incarnation) -> tuple[int, ...]:
-        """What the driver's own tables of a room are keyed by: the identity that the profile believes in."""
-        return incarnation[:2] if self.strict else incarnation[:1]
 
     def is_over(self) -> bool:
         """Has this life of the process ended, or its loop?"""
