@@ -400,18 +400,16 @@ class Endpoint(Listener):
             transfer.give_back(keys)
             if transfer.poll() is KVPoll.Failed and keys and keys[0] >= 0:
                 self.log("released", pair, rid=transfer.rid, pages=len(keys))
-            self._forget(transfer)
+            if transfer.is_over:
+                self.transfers.pop(pair, None)
 
     def over(self, pair: tuple[int, int]) -> None:
         """What the engine ordered with ``release`` is done."""
         transfer = self.transfers.get(pair)
         if transfer is not None:
             transfer.finish()
-            self._forget(transfer)
-
-    def _forget(self, transfer: Transfer) -> None:
-        if transfer.forget():
-            self.transfers.pop(transfer.pair, None)
+            if transfer.is_over:
+                self.transfers.pop(pair, None)
 
     def _violated(self, event: Violated) -> None:
         self.violations.append(event)

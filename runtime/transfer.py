@@ -73,7 +73,6 @@ class Transfer:
         self._held: set[Key] = set()
         self._is_released = False
         self._is_finished = False
-        self._is_forgotten = False
         self._giving = threading.Lock()
         self._waiters: list[Callable[[], None]] = []
 
@@ -107,7 +106,7 @@ class Transfer:
     @property
     def is_over(self) -> bool:
         """Released, with nothing held: the endpoint has forgotten it."""
-        return self._is_forgotten
+        return self._is_finished and not self._held
 
     def wait(self, *polls: KVPoll, timeout_s: float) -> KVPoll:
         """Block until the poll is one of these, Failed, or Success, or the time is over; returns the poll.
@@ -227,11 +226,6 @@ class Transfer:
         """The rank has carried out its release. From the endpoint's thread."""
         self._is_finished = True
 
-    def forget(self) -> bool:
-        """Released, and nothing is held any more."""
-        self._is_forgotten = self._is_finished and not self._held
-        return self._is_forgotten
-
     def _tell(self, callback: Callable[..., None] | None, *arguments: Any) -> None:
         """Something has changed: wake who waits, and call back."""
         if self._waiters:
@@ -271,17 +265,19 @@ class PrefillTransfer(Transfer):
         by another transfer, or outside the pool; a token number outside its field; endpoint closed.
         """
         given = tuple(map(int, pages))
-        room, attempt = self.pair
-        row = aux_row.AuxRow(room, attempt, first_token or 0, prompt_tokens, cached_tokens, 0)
-        if not last and (first_token is not None or prompt_tokens or cached_tokens):
-            raise TransferError(f"send: first_token and token counts of {self.rid} go with the last pages; set last")
-        if not last and not given:
-            raise TransferError(f"send: no pages of {self.rid}; give some, or say that they were the last")
-        if last:
+        row = None
+        if first_token is not None or prompt_tokens or cached_tokens:
+            if not last:
+                raise TransferError(
+                    f"send: first_token and token counts of {self.rid} go with the last pages; set last"
+                )
+            row = aux_row.AuxRow(*self.pair, first_token or 0, prompt_tokens, cached_tokens, 0)
             try:
                 aux_row.pack(row)
             except BadInput as error:
                 raise TransferError(f"send: {error}") from None
+        if not last and not given:
+            raise TransferError(f"send: no pages of {self.rid}; give some, or say that they were the last")
         with self._giving:
             if self._sent_last:
                 raise TransferError(f"send: {self.rid} has sent its last pages already; it can only be released")
