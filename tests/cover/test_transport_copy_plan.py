@@ -32,6 +32,14 @@ def test_a_plan_merged_and_cut_in_any_way_copies_the_same_bytes(
     assert (target.bytes == expected(source.bytes, copies)).all()
 
 
+@given(disjoint_copies())
+def test_moves_say_of_a_few_ranges_what_a_plan_says(copies: Copies) -> None:
+    source, target = Memory(seed=1), Memory(seed=None)
+    plan = plan_of(copies, source.space, target.space, merged=False)
+    said = source.space.moves(copies, target.space)
+    assert said == list(zip(plan.target.tolist(), plan.source.tolist(), plan.nbytes.tolist(), strict=True))
+
+
 def test_neighbours_become_one_range_unless_a_border_lies_between() -> None:
     source, target = Memory(seed=1), Memory(seed=None)
     neighbours = copies_of([(100, 600, 50), (0, 500, 100), (150, 650, 10)])
@@ -74,6 +82,7 @@ def test_a_bad_range_is_named(ranges: list[tuple[int, int, int]], complaint: str
     with pytest.raises(BadRange) as caught:
         plan_of(copies_of(ranges), space, space)
     assert complaint in str(caught.value)
+    assert space.moves(copies_of(ranges), space) is None
 
 
 def test_arrays_of_another_form_are_refused() -> None:
