@@ -90,11 +90,11 @@ def _edges(table: Table, profile: Profile) -> Edges:
 def _add(edges: Edges, sources: Iterable[str], target: str, label: str) -> None:
     for source in sources:
         if target in (SAME, source):
-            known, label = edges.stays.setdefault(source, []), label.split(" [")[0]
+            known, told = edges.stays.setdefault(source, []), label.split(" [")[0]
         else:
-            known = edges.moves.setdefault((source, target), [])
-        if label not in known:
-            known.append(label)
+            known, told = edges.moves.setdefault((source, target), []), label
+        if told not in known:
+            known.append(told)
 
 
 def _label(row: Row) -> str:

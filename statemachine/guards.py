@@ -121,6 +121,12 @@ def not_all_have_drained(state: Any, detail: Any, profile: Profile) -> bool:
     return not all_have_drained(state, detail, profile)
 
 
+@_guard
+def a_sibling_lives(state: Any, detail: Any, profile: Profile) -> bool:
+    """Of the prefill ranks that this room contacts, some are not among those that died."""
+    return bool(state.contacted & ~detail)
+
+
 # -- both
 
 

@@ -84,6 +84,7 @@ Guard(name, s, detail) ==
     [] name = "memory_is_exposed" -> s.lease = "Exposed"
     [] name = "all_have_drained" -> s.contacted \subseteq s.drained
     [] name = "not_all_have_drained" -> ~(s.contacted \subseteq s.drained)
+    [] name = "a_sibling_lives" -> ~(s.contacted \subseteq detail[1])
     \* both
     [] name = "memory_is_back" -> s.lease \in {"Unreserved", "Settled", "Released"}
     [] name = "was_cleared" -> s.cleared

@@ -162,8 +162,8 @@ Role_sender == [
     [from |-> {"Retired"}, fact |-> "DeadlineReached", to |-> "Absent", guards |-> <<"timer_is_tombstone">>, update |-> <<"forget">>, actions |-> <<>>, when |-> <<>>, cause |-> "None"], \* A11
     [from |-> {"Success"}, fact |-> "LinkRestored", to |-> "=", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"NotifyDecode", "Success">>>>, when |-> <<<<"resend_on_reconnect", {"yes"}>>>>, cause |-> "None"], \* B63
     [from |-> {"Failed"}, fact |-> "LinkRestored", to |-> "=", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"NotifyDecode", "Failed">>>>, when |-> <<<<"resend_on_reconnect", {"yes"}>>>>, cause |-> "None"], \* B63
-    [from |-> {"Retired"}, fact |-> "LinkRestored", to |-> "=", guards |-> <<"remembers_success">>, update |-> <<>>, actions |-> <<<<"NotifyDecode", "Success">>>>, when |-> <<>>, cause |-> "None"], \* B63
-    [from |-> {"Retired"}, fact |-> "LinkRestored", to |-> "=", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"NotifyDecode", "Failed">>>>, when |-> <<>>, cause |-> "None"], \* B63
+    [from |-> {"Retired"}, fact |-> "LinkRestored", to |-> "=", guards |-> <<"remembers_success">>, update |-> <<>>, actions |-> <<<<"NotifyDecode", "Success">>>>, when |-> <<<<"resend_on_reconnect", {"yes"}>>>>, cause |-> "None"], \* B63
+    [from |-> {"Retired"}, fact |-> "LinkRestored", to |-> "=", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"NotifyDecode", "Failed">>>>, when |-> <<<<"resend_on_reconnect", {"yes"}>>>>, cause |-> "None"], \* B63
     [from |-> {"Success", "Failed"}, fact |-> "Cleared", to |-> "Retired", guards |-> <<"memory_is_back">>, update |-> <<>>, actions |-> <<<<"ArmDeadline", "tombstone">>>>, when |-> <<<<"clear_leaves", {"tombstone"}>>>>, cause |-> "None"], \* P10, A11
     [from |-> {"Success", "Failed"}, fact |-> "Cleared", to |-> "=", guards |-> <<>>, update |-> <<"mark_cleared">>, actions |-> <<>>, when |-> <<<<"clear_leaves", {"tombstone"}>>>>, cause |-> "None"], \* the lease retires the room when it is quiet
     [from |-> {"Success", "Failed"}, fact |-> "Cleared", to |-> "Absent", guards |-> <<"memory_is_back">>, update |-> <<"forget">>, actions |-> <<>>, when |-> <<<<"clear_leaves", {"nothing"}>>>>, cause |-> "None"], \* P10
@@ -182,7 +182,7 @@ Role_sender == [
     <<"PeerDied", {"Absent", "Announced", "Success", "Failed", "Retired"}>>,
     <<"DpConflictFound", {"WaitingForInput", "Failed"}>>,
     <<"DeadlineReached", {"Absent", "Announced", "Bootstrapping", "WaitingForInput", "Transferring", "Success", "Failed", "Retired"}>>,
-    <<"LinkRestored", {"Absent", "Announced", "Bootstrapping", "WaitingForInput", "Transferring", "Success", "Failed"}>>,
+    <<"LinkRestored", {"Absent", "Announced", "Bootstrapping", "WaitingForInput", "Transferring", "Success", "Failed", "Retired"}>>,
     <<"Cleared", {"Absent", "Announced", "Retired"}>>
   >>,
   illegal |-> <<
@@ -258,6 +258,7 @@ Role_receiver == [
     [from |-> {"Success"}, fact |-> "AbortRequested", to |-> "Failed", guards |-> <<>>, update |-> <<>>, actions |-> <<>>, when |-> <<<<"success_is_final", {"no"}>>>>, cause |-> "detail"], \* D9; breaks S3
     [from |-> {"Failed"}, fact |-> "AbortAcknowledged", to |-> "=", guards |-> <<>>, update |-> <<"note_drain">>, actions |-> <<>>, when |-> <<>>, cause |-> "None"], \* PROTOCOL 12
     [from |-> {"Bootstrapping", "WaitingForInput"}, fact |-> "PeerSuspected", to |-> "Failed", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"CancelDeadline", "bootstrap">>, <<"CancelDeadline", "admission">>, <<"CancelDeadline", "waiting">>, <<"NotifyPrefill", "Abort">>>>, when |-> <<>>, cause |-> "prefill_lost"], \* D8
+    [from |-> {"Bootstrapping", "WaitingForInput"}, fact |-> "PeerDied", to |-> "Failed", guards |-> <<"a_sibling_lives">>, update |-> <<"note_death">>, actions |-> <<<<"CancelDeadline", "bootstrap">>, <<"CancelDeadline", "admission">>, <<"CancelDeadline", "waiting">>, <<"NotifyPrefill", "Abort">>>>, when |-> <<>>, cause |-> "prefill_lost"], \* D8, L2: the other prefill ranks of the room hear of it now
     [from |-> {"Bootstrapping", "WaitingForInput"}, fact |-> "PeerDied", to |-> "Failed", guards |-> <<>>, update |-> <<"note_death">>, actions |-> <<<<"CancelDeadline", "bootstrap">>, <<"CancelDeadline", "admission">>, <<"CancelDeadline", "waiting">>>>, when |-> <<>>, cause |-> "prefill_lost"], \* D8, ENGINES 4
     [from |-> {"Failed"}, fact |-> "PeerDied", to |-> "=", guards |-> <<>>, update |-> <<"note_death">>, actions |-> <<>>, when |-> <<>>, cause |-> "None"], \* ENGINES 4: a dead writer has drained
     [from |-> {"Bootstrapping"}, fact |-> "DeadlineReached", to |-> "Failed", guards |-> <<"timer_is_bootstrap">>, update |-> <<>>, actions |-> <<<<"NotifyPrefill", "Abort">>>>, when |-> <<<<"decode_bootstrap_deadline", {"armed"}>>>>, cause |-> "bootstrap_timeout"], \* B40
@@ -266,7 +267,7 @@ Role_receiver == [
     [from |-> {"Retired"}, fact |-> "DeadlineReached", to |-> "Absent", guards |-> <<"timer_is_tombstone">>, update |-> <<"forget">>, actions |-> <<>>, when |-> <<>>, cause |-> "None"], \* A11
     [from |-> {"WaitingForInput"}, fact |-> "LinkRestored", to |-> "=", guards |-> <<"memory_is_exposed">>, update |-> <<>>, actions |-> <<<<"SendMetadata", "None">>>>, when |-> <<<<"resend_on_reconnect", {"yes"}>>>>, cause |-> "None"], \* B63
     [from |-> {"Failed"}, fact |-> "LinkRestored", to |-> "=", guards |-> <<"has_routes">>, update |-> <<>>, actions |-> <<<<"NotifyPrefill", "Abort">>>>, when |-> <<<<"resend_on_reconnect", {"yes"}>>>>, cause |-> "None"], \* B63
-    [from |-> {"Retired"}, fact |-> "LinkRestored", to |-> "=", guards |-> <<"has_routes", "remembers_failure", "not_all_have_drained">>, update |-> <<>>, actions |-> <<<<"NotifyPrefill", "Abort">>>>, when |-> <<>>, cause |-> "None"], \* B63
+    [from |-> {"Retired"}, fact |-> "LinkRestored", to |-> "=", guards |-> <<"has_routes", "remembers_failure", "not_all_have_drained">>, update |-> <<>>, actions |-> <<<<"NotifyPrefill", "Abort">>>>, when |-> <<<<"resend_on_reconnect", {"yes"}>>>>, cause |-> "None"], \* B63
     [from |-> {"Success", "Failed"}, fact |-> "Cleared", to |-> "Retired", guards |-> <<"memory_is_back">>, update |-> <<>>, actions |-> <<<<"ArmDeadline", "tombstone">>>>, when |-> <<<<"clear_leaves", {"tombstone"}>>>>, cause |-> "None"], \* D10, A11
     [from |-> {"Success", "Failed"}, fact |-> "Cleared", to |-> "=", guards |-> <<>>, update |-> <<"mark_cleared">>, actions |-> <<>>, when |-> <<<<"clear_leaves", {"tombstone"}>>>>, cause |-> "None"], \* D10: the lease retires the room when it is quiet
     [from |-> {"Success", "Failed"}, fact |-> "Cleared", to |-> "Absent", guards |-> <<"memory_is_back">>, update |-> <<"forget">>, actions |-> <<>>, when |-> <<<<"clear_leaves", {"nothing"}>>>>, cause |-> "None"], \* D10

@@ -456,6 +456,24 @@ def test_a_receiver_has_a_bound_in_every_phase(timer: str) -> None:
     story.hears("DeadlineReached", timer, orders, poll="Failed", cause=f"{timer}_timeout", **lease)
 
 
+def test_the_siblings_of_a_dead_prefill_rank_hear_of_it_at_once() -> None:
+    """They used to hear of it when the drain timer asked them for their pages, or by their own timer (L2)."""
+    story = exposed(ranks=0b11)
+    orders = f"{STOP_RECEIVING} NotifyPrefill(Abort) ArmDeadline(drain)"
+    story.hears("PeerDied", 0b01, orders, poll="Failed", lease="Draining", cause="prefill_lost", drained=0b01)
+    orders = "CancelDeadline(drain) ReleasePages"
+    story.hears("PeerDied", 0b10, orders, lease="Released", drained=0b11)
+    early = waiting_receiver(ranks=0b11)
+    orders = f"{STOP_RECEIVING} NotifyPrefill(Abort)"
+    early.hears("PeerDied", 0b10, orders, poll="Failed", cause="prefill_lost", drained=0b10)
+
+
+def test_where_all_are_dead_nobody_is_told() -> None:
+    story = exposed(ranks=0b11)
+    orders = f"{STOP_RECEIVING} CancelDeadline(drain) ReleasePages"
+    story.hears("PeerDied", 0b11, orders, poll="Failed", lease="Released", cause="prefill_lost", drained=0b11)
+
+
 def test_a_failed_set_up_stays_failed() -> None:
     """sglang#24772 is the story below; here the end of set-up finds the failure and leaves it alone."""
     story = Story(REFERENCE.receiver)
@@ -549,7 +567,32 @@ def test_prefill_may_keep_its_aborts_to_itself() -> None:
 
 
 def test_outcomes_may_be_sent_only_once() -> None:
-    story = exposed(with_rules(resend_on_reconnect="no"))
+    """Lost is lost, whether the request is under way, over, or a tombstone."""
+    machines = with_rules(resend_on_reconnect="no")
+    story = exposed(machines)
+    story.hears("LinkRestored")
+    orders = f"{STOP_RECEIVING} NotifyPrefill(Abort) ArmDeadline(drain)"
+    story.hears("AbortRequested", "client_left", orders, poll="Failed", lease="Draining", cause="client_left")
+    story.hears("LinkRestored")
+    early = waiting_receiver(machines)
+    orders = f"{STOP_RECEIVING} NotifyPrefill(Abort)"
+    early.hears("AbortRequested", "client_left", orders, poll="Failed", cause="client_left")
+    early.hears("Cleared", None, "ArmDeadline(tombstone)", poll="Retired")
+    early.hears("LinkRestored")
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_sender_may_say_its_outcome_only_once(is_good: bool) -> None:
+    story = sending(with_rules(resend_on_reconnect="no"), writes=0)
+    if is_good:
+        story.hears("WritePosted", True, poll="Transferring", lease="Exposed", outstanding=1, last=True)
+        orders = "CancelDeadline(transfer) NotifyDecode(Success) ReleasePages"
+        story.hears("WriteCompleted", None, orders, poll="Success", lease="Released", outstanding=0)
+    else:
+        orders = f"{STOP_TIMERS} NotifyDecode(Failed) ReleasePages"
+        story.hears("AbortRequested", "x", orders, poll="Failed", lease="Released", cause="x")
+    story.hears("LinkRestored")
+    story.hears("Cleared", None, "ArmDeadline(tombstone)", poll="Retired")
     story.hears("LinkRestored")
 
 

@@ -74,7 +74,7 @@ def test_a_server_that_lost_its_memory_while_prefill_stood_still_is_told_again(t
     assert verdict.broken == {}
 
 
-FORGETFUL = {"resend_on_reconnect": "no", "clear_leaves": "nothing"}
+FORGETFUL = {"resend_on_reconnect": "no"}
 
 
 @pytest.mark.parametrize(("rules", "result"), [({}, (True, None)), (FORGETFUL, (False, "waiting_timeout"))])
