@@ -119,7 +119,6 @@ class Sender(SenderRank):
         self.real = engine.host
         self.pages = EnginePages(self.host, self.node, "kv", self.kv.size, self._freed)  # type: ignore[arg-type]
         self.kv = self.pages
-        self.leaving = False
         self.aux_rows: dict[Pair, AuxRow] = {}
 
     def begin(self, pair: Pair, rid: str, engine: str) -> None:
@@ -183,20 +182,11 @@ class Sender(SenderRank):
             self.deliver("Cleared", entry.incarnation)
         self.listener.over(pair)
 
-    def leave(self, then: Callable[[], None] = lambda: None) -> None:
-        """Take this rank out of the bootstrap server's table, for good; requests that are here go on."""
-        self.leaving = True
-        self.real.unregister(self.engine.name, then)
-
     def register(self, fact: str) -> None:
-        """A rank that leaves is not registered again by a retry, or because the server was restarted."""
-        if not self.leaving:
-            before = self.registration.state
-            super().register(fact)
-            if self.registration.state != before:
-                self.real.moment(self.registration.state.lower(), server=self.engine.name)
-        elif fact == "RegistrationAccepted":
-            self.real.unregister(self.engine.name)
+        before = self.registration.state
+        super().register(fact)
+        if self.registration.state != before:
+            self.real.moment(self.registration.state.lower(), server=self.engine.name)
 
     def refused(self, entry: SenderEntry) -> None:
         self.listener.polled(entry.request.pair, "Failed", entry.rejected)

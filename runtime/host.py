@@ -393,14 +393,6 @@ class Host:
         if engine not in self.servers:
             self.servers[engine] = Server(address, BootstrapClient(address, self.profile, self._token))
 
-    def unregister(self, engine: str, then: Callable[[], None] = lambda: None) -> None:
-        """Have the bootstrap server take this rank out of its table. ``then``: it has answered, or never will."""
-        server, info = self.servers[engine], self.info
-        if info is not None:
-            self.call(
-                server, lambda: server.client.unregister(info.coordinate, info.process_epoch), lambda reply: then()
-            )
-
     def call(self, server: Server, act: Callable[[], HttpReply], then: Callable[[HttpReply], None]) -> None:
         """Have a thread make a call that is no request of a rank (a probe)."""
         self._caller.submit(server.address, act, then)
@@ -410,6 +402,9 @@ class Host:
         if route == "PUT /route":
             assert self.info is not None
             return client.register(self.info)
+        if route == "DELETE /route":
+            assert self.info is not None
+            return client.unregister(self.info.coordinate, self.info.process_epoch)
         if route == "GET /route":
             return client.topology() if detail is None else client.endpoint(*coordinate(detail))
         if route == "POST /register_dp_rank":

@@ -102,6 +102,9 @@ class BootstrapServer:
             if self.registry.state == "Ready" != before:
                 self._tell_readiness(detail[2])
             return 200, None
+        if route == "DELETE /route":
+            self.registry, orders = machines.registry.step(self.registry, "RankUnregistered", detail)
+            return {"AnswerRoute": 200, "AnswerUnknownRank": 404, "AnswerStale": 409}[orders[0][0]], None
         if route == "GET /route":
             self.registry, orders = machines.registry.step(self.registry, "RouteRequested", detail)
             status = {"AnswerRoute": 200, "AnswerNotReady": 503, "AnswerUnknownRank": 404}[orders[0][0]]

@@ -334,10 +334,10 @@ Role_receiver == [
 \* ---- registration: a prefill rank's registration with the bootstrap server
 
 Role_registration == [
-  states |-> {"Unregistered", "Registering", "Registered", "Exhausted"},
+  states |-> {"Unregistered", "Registering", "Registered", "Exhausted", "Leaving", "Left"},
   initial |-> "Unregistered",
   terminal |-> {},
-  facts |-> {"Started", "RegistrationAccepted", "RegistrationFailed", "RetryDue", "ServerRestarted"},
+  facts |-> {"Started", "RegistrationAccepted", "RegistrationFailed", "RetryDue", "ServerRestarted", "LeaveRequested", "UnregistrationAnswered"},
   rows |-> <<
     [from |-> {"Unregistered"}, fact |-> "Started", to |-> "Registering", guards |-> <<>>, update |-> <<"count_attempt">>, actions |-> <<<<"SendRegistration", "None">>>>, when |-> <<>>, cause |-> "None"], \* PROTOCOL 6
     [from |-> {"Registering", "Exhausted"}, fact |-> "RegistrationAccepted", to |-> "=", guards |-> <<"server_was_replaced">>, update |-> <<"first_attempt">>, actions |-> <<<<"SendRegistration", "None">>>>, when |-> <<>>, cause |-> "None"], \* the answer of a server that is gone; its successor knows nothing (found by exploration)
@@ -351,19 +351,28 @@ Role_registration == [
     [from |-> {"Registering"}, fact |-> "RetryDue", to |-> "=", guards |-> <<>>, update |-> <<"count_attempt">>, actions |-> <<<<"SendRegistration", "None">>>>, when |-> <<>>, cause |-> "None"],
     [from |-> {"Exhausted"}, fact |-> "RetryDue", to |-> "=", guards |-> <<>>, update |-> <<"meet_server">>, actions |-> <<<<"SendRegistration", "None">>>>, when |-> <<<<"register_exhausted", {"unhealthy_keep_trying"}>>>>, cause |-> "None"],
     [from |-> {"Registering", "Exhausted"}, fact |-> "ServerRestarted", to |-> "=", guards |-> <<>>, update |-> <<"mark_replaced">>, actions |-> <<>>, when |-> <<<<"registration_watch", {"epoch"}>>>>, cause |-> "None"], \* C5; an answer that is under way is the old server's
-    [from |-> {"Registered"}, fact |-> "ServerRestarted", to |-> "Registering", guards |-> <<>>, update |-> <<"first_attempt">>, actions |-> <<<<"SendRegistration", "None">>>>, when |-> <<<<"registration_watch", {"epoch"}>>>>, cause |-> "None"] \* C5
+    [from |-> {"Registered"}, fact |-> "ServerRestarted", to |-> "Registering", guards |-> <<>>, update |-> <<"first_attempt">>, actions |-> <<<<"SendRegistration", "None">>>>, when |-> <<<<"registration_watch", {"epoch"}>>>>, cause |-> "None"], \* C5
+    [from |-> {"Unregistered"}, fact |-> "LeaveRequested", to |-> "Left", guards |-> <<>>, update |-> <<>>, actions |-> <<>>, when |-> <<>>, cause |-> "None"], \* planned scale-down; nobody has heard of it
+    [from |-> {"Registering", "Registered", "Exhausted"}, fact |-> "LeaveRequested", to |-> "Leaving", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"ReportUnhealthy", "None">>, <<"SendUnregistration", "None">>>>, when |-> <<>>, cause |-> "None"], \* planned scale-down
+    [from |-> {"Leaving", "Left"}, fact |-> "RegistrationAccepted", to |-> "Leaving", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"SendUnregistration", "None">>>>, when |-> <<>>, cause |-> "None"], \* a PUT that was under way has listed the rank again
+    [from |-> {"Leaving", "Left"}, fact |-> "RegistrationFailed", to |-> "Leaving", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"SendUnregistration", "None">>>>, when |-> <<>>, cause |-> "None"], \* C1: a PUT that was under way may have been applied unheard
+    [from |-> {"Leaving"}, fact |-> "UnregistrationAnswered", to |-> "Left", guards |-> <<>>, update |-> <<>>, actions |-> <<>>, when |-> <<>>, cause |-> "None"]
   >>,
   ignored |-> <<
+    <<"Started", {"Left"}>>,
     <<"RegistrationAccepted", {"Registered"}>>,
     <<"RegistrationFailed", {"Registered", "Exhausted"}>>,
-    <<"RetryDue", {"Registered", "Exhausted"}>>,
-    <<"ServerRestarted", {"Unregistered", "Registering", "Registered", "Exhausted"}>>
+    <<"RetryDue", {"Registered", "Exhausted", "Leaving", "Left"}>>,
+    <<"ServerRestarted", {"Unregistered", "Registering", "Registered", "Exhausted", "Leaving", "Left"}>>,
+    <<"LeaveRequested", {"Leaving", "Left"}>>,
+    <<"UnregistrationAnswered", {"Left"}>>
   >>,
   illegal |-> <<
-    <<"Started", {"Registering", "Registered", "Exhausted"}>>,
+    <<"Started", {"Registering", "Registered", "Exhausted", "Leaving"}>>,
     <<"RegistrationAccepted", {"Unregistered"}>>,
     <<"RegistrationFailed", {"Unregistered"}>>,
-    <<"RetryDue", {"Unregistered"}>>
+    <<"RetryDue", {"Unregistered"}>>,
+    <<"UnregistrationAnswered", {"Unregistered", "Registering", "Registered", "Exhausted"}>>
   >>,
   lease |-> [
     states |-> {}, initial |-> "None", terminal |-> {}, facts |-> {},

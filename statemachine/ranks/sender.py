@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from kvpoll.spec.vocabulary import Action, Incarnation
@@ -52,6 +53,7 @@ class SenderRank(Rank):
         self.askers: dict[tuple[int, ...], dict[int, tuple[str, Incarnation]]] = {}
         self.by_pair: dict[tuple[int, int], Entry] = {}
         self.registration = Registration()
+        self._left: list[Callable[[], None]] = []
         self._early: dict[int, list[tuple[Any, ...]]] = {}
         self._early_count = 0
         self.mail |= {"Metadata": self.receive_metadata, "Abort": self.receive_abort}
@@ -225,16 +227,35 @@ class SenderRank(Rank):
                 detail = (self.node, self.epoch, self.prefill_engine.rank_count)
                 repeat = self.registration.attempt - 1
                 self.host.request(self.node, self.engine.name, "PUT /route", detail, repeat, self._registered)
+            elif order == "SendUnregistration":
+                who = (self.node, self.epoch)
+                self.host.request(self.node, self.engine.name, "DELETE /route", who, 0, self._unregistered)
             elif order == "ArmRetry":
                 self.host.mark(self.node, "registration_retried")
                 exhausted = self.registration.state == "Exhausted"
                 delay = register_delay_s(profile, self.registration.attempt, exhausted, self.chance.random())
                 self.host.after(delay, self.register, "RetryDue")
-        if before != self.registration.state and "Exhausted" in (before, self.registration.state):
+        after = self.registration.state
+        if before != after and ("Exhausted" in (before, after) or after == "Leaving"):
             self.engine.report_health()
+        if after == "Left":
+            left, self._left = self._left, []
+            for then in left:
+                then()
 
     def _registered(self, status: int | str, body: Any) -> None:
         self.register("RegistrationAccepted" if status == 200 else "RegistrationFailed")
+
+    def _unregistered(self, status: int | str, body: Any) -> None:
+        self.register("UnregistrationAnswered")
+
+    def leave(self, then: Callable[[], None] = lambda: None) -> None:
+        """Be found by no new request, for good; those that are here go on. ``then``: the server knows or never will."""
+        if self.is_over():
+            then()
+            return
+        self._left.append(then)
+        self.register("LeaveRequested")
 
     # -- what it believes of decode engines
 

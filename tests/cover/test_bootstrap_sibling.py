@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bootstrap_stage import PROTOCOL, ask, put, rank, route, server
+from bootstrap_stage import PROTOCOL, ask, leave, put, rank, route, server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim_stage import Stage
@@ -19,6 +19,7 @@ TP = st.integers(0, SIZE - 1)
 PAIR = st.tuples(st.integers(1, 2), st.integers(0, 1))
 CALLS = st.lists(
     st.tuples(st.just("put"), TP, st.integers(0, 2))
+    | st.tuples(st.just("leave"), TP, st.integers(0, 2))
     | st.tuples(st.just("engine"))
     | st.tuples(st.just("rank"), st.integers(0, SIZE))
     | st.tuples(st.just("enter"), PAIR, st.integers(0, 3))
@@ -51,6 +52,8 @@ class Simulated:
         match call:
             case ("put", tp, epoch):
                 return "PUT /route", (f"tp{tp}", epoch, SIZE)
+            case ("leave", tp, epoch):
+                return "DELETE /route", (f"tp{tp}", epoch)
             case ("rank", tp):
                 return "GET /route", f"tp{tp}"
             case ("enter", pair, dp_rank):
@@ -71,6 +74,8 @@ class Real:
         match call:
             case ("put", tp, epoch):
                 return put(target, rank(tp, SIZE, process_epoch=epoch)).status_code, None
+            case ("leave", tp, epoch):
+                return leave(target, tp, epoch).status_code, None
             case ("rank", tp):
                 answer = route(target, tp)
                 return answer.status_code, answer.json().get("process_epoch")
@@ -110,7 +115,10 @@ def test_both_say_the_same(profile: str, calls: list[Call]) -> None:
                 assert simulated.ask(call)[0] == 200
                 assert real.ask(call)[0] == (409 if late else 200)
             else:
-                assert real.ask(call) == simulated.ask(call)
+                answer = real.ask(call)
+                assert answer == simulated.ask(call)
+                if call[0] == "leave" and answer[0] == 200:
+                    del newest[call[1]]
         assert target.table.registry.state == simulated.server.registry.state
         lives = {place.tp: dict(target.table.registry.ranks)[place.name] for place in target.table._rows}
         assert lives == {int(name.removeprefix("tp")): epoch for name, epoch in simulated.server.registry.ranks}

@@ -83,6 +83,66 @@ def test_sglang_does_not_notice_that_the_server_lost_its_memory() -> None:
     )
 
 
+REGISTERED: list[tuple[str, Any, Any, str]] = [
+    ("Started", None, Registration("Registering", 1), "SendRegistration"),
+    ("RegistrationAccepted", None, Registration("Registered", 1), ""),
+]
+GOODBYE = "ReportUnhealthy SendUnregistration"
+
+
+@pytest.mark.parametrize("machines", [REFERENCE, SGLANG])
+def test_a_rank_that_leaves_says_so_and_is_never_registered_again(machines: Machines) -> None:
+    leaving, left = Registration("Leaving", 1), Registration("Left", 1)
+    deaf: list[tuple[str, Any, Any, str]] = [
+        (fact, None, left, "") for fact in ("RetryDue", "ServerRestarted", "LeaveRequested", "Started")
+    ]
+    tell(
+        machines,
+        "registration",
+        *REGISTERED,
+        ("LeaveRequested", None, leaving, GOODBYE),
+        ("ServerRestarted", None, leaving, ""),
+        ("LeaveRequested", None, leaving, ""),
+        ("UnregistrationAnswered", None, left, ""),
+        ("UnregistrationAnswered", None, left, ""),
+        *deaf,
+    )
+    refuse(machines, "registration", Registration("Registered", 1), "UnregistrationAnswered")
+    refuse(machines, "registration", leaving, "Started")
+
+
+@pytest.mark.parametrize("answer", ["RegistrationAccepted", "RegistrationFailed"])
+def test_a_put_that_was_under_way_may_list_a_leaving_rank_again(answer: str) -> None:
+    """One that timed out may have been applied all the same (C1), so whatever its answer is, the goodbye follows."""
+    leaving, left = Registration("Leaving", 1), Registration("Left", 1)
+    again: list[tuple[str, Any, Any, str]] = [
+        (answer, None, leaving, "SendUnregistration"),
+        ("UnregistrationAnswered", None, left, ""),
+    ]
+    begun = [REGISTERED[0], ("LeaveRequested", None, leaving, GOODBYE)]
+    tell(REFERENCE, "registration", *begun, *again, ("RetryDue", None, left, ""))
+    tell(REFERENCE, "registration", *begun, ("UnregistrationAnswered", None, left, ""), *again)
+
+
+def test_a_rank_that_nobody_has_heard_of_leaves_without_a_word() -> None:
+    tell(
+        REFERENCE,
+        "registration",
+        ("LeaveRequested", None, Registration("Left"), ""),
+        ("Started", None, Registration("Left"), ""),
+    )
+
+
+def test_an_exhausted_rank_leaves_too() -> None:
+    tell(
+        REFERENCE,
+        "registration",
+        *failing_registration("Exhausted", "ReportUnhealthy ArmRetry"),
+        ("LeaveRequested", None, Registration("Leaving", 5), GOODBYE),
+        ("RetryDue", None, Registration("Leaving", 5), ""),
+    )
+
+
 def test_the_registry_is_ready_when_every_rank_is_there() -> None:
     once, both = (("tp0", 0),), (("tp0", 0), ("tp1", 0))
     tell(

@@ -71,6 +71,15 @@ def test_it_is_ready_when_every_expected_rank_is_there(client: Client) -> None:
     assert [(event.healthy, event.able) for event in client.stage.of(HealthReported)] == [(True, True)]
 
 
+def test_a_rank_that_leaves_is_not_listed(client: Client) -> None:
+    assert client.ask("DELETE /route", ("P0/tp0", 0)) == (404, None)
+    client.put("P0/tp0")
+    client.put("P0/tp1", epoch=1)
+    assert client.ask("DELETE /route", ("P0/tp1", 0)) == (409, None)
+    assert client.ask("DELETE /route", ("P0/tp1", 1)) == (200, None)
+    assert client.ask("GET /route") == (503, None)
+
+
 def test_a_rank_that_registers_again_counts_once_and_the_newest_life_is_listed(client: Client) -> None:
     client.put("P0/tp0")
     client.put("P0/tp0", epoch=1)

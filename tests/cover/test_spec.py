@@ -353,7 +353,7 @@ def test_a_cell_that_guards_leave_open() -> None:
 
 def test_a_rule_that_leaves_a_cell_open_under_another_profile() -> None:
     """The loader looks at every profile, not only at the reference."""
-    text, _ = changed('RetryDue = ["Registered", "Exhausted"]', 'RetryDue = ["Registered"]', REGISTRATION)
+    text, _ = changed('RetryDue = ["Registered", "Exhausted", ', 'RetryDue = ["Registered", ', REGISTRATION)
     said = "role 'registration', profile 'sglang-0.5.23': nothing is said of RetryDue in Exhausted"
     assert refusal(text) == f"kvpoll.toml:{line_in(text, REGISTRATION, 'facts = ')}: {said}; {MEND}"
 

@@ -31,7 +31,7 @@ PROFILES = [
     PROTOCOL.profile("before-sglang-25125").with_rules(SWITCHED),
 ]
 ROOM_SAMPLES = 1800
-SMALL_SAMPLES = 80
+SMALL_SAMPLES = 120
 
 FIRST = Incarnation(1001, 0, 0)
 OTHERS = [Incarnation(1001, 1, 0), Incarnation(1001, 2, 0), Incarnation(1001, 0, 1), Incarnation(1001, 1, 1)]
@@ -91,7 +91,15 @@ COURSE: dict[str, list[tuple[str, Any]]] = {
         ("StatusReceived", (1, "Success")),
         ("Cleared", None),
     ],
-    "registration": [("Started", None), *[("RegistrationFailed", None), ("RetryDue", None)] * 6],
+    "registration": [
+        ("Started", None),
+        ("ServerRestarted", None),
+        *[("RegistrationFailed", None), ("RetryDue", None)] * 7,
+        ("ServerRestarted", None),
+        *[("RegistrationAccepted", None)] * 2,
+        ("LeaveRequested", None),
+        *[("RegistrationAccepted", None), ("UnregistrationAnswered", None)],
+    ],
 }
 """The undisturbed course comes first: few random steps would find the way to a write and past it."""
 
