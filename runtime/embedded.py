@@ -13,7 +13,7 @@ from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.agreement import FAILED, SUCCESS
 from kvpoll.statemachine.machine import Room
 from kvpoll.statemachine.ranks.engine import EngineShape
-from kvpoll.statemachine.ranks.host import Destination, Request
+from kvpoll.statemachine.ranks.host import Request
 from kvpoll.statemachine.ranks.pool import Pool
 from kvpoll.statemachine.ranks.receiver import Entry as ReceiverEntry
 from kvpoll.statemachine.ranks.receiver import ReceiverRank
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from kvpoll.runtime.settings import Settings
 
 Pair = tuple[int, int]
-
-FENCE_AFTER_S: Final = 0.1
-"""So long a writer may take to acknowledge an abort by itself, so that it hears why before its bytes are refused."""
 
 NOBODY: Final = Incarnation(0, 0, 0)
 
@@ -125,22 +122,7 @@ class Sender(SenderRank):
         """Open a room."""
         entry = SenderEntry(_request(rid, pair), self.epoch)
         self.by_pair[pair] = entry
-        if self.open(entry) and entry.rejected is None:
-            for destination in list(self.destinations.get(self.key(entry.incarnation), {}).values()):
-                self._check(entry.incarnation, destination)
-
-    def receive_metadata(self, incarnation: Incarnation, destination: Destination, required: int) -> None:
-        super().receive_metadata(incarnation, destination, required)
-        self._check(incarnation, destination)
-
-    def _check(self, incarnation: Incarnation, destination: Destination) -> None:
-        """Memory that this rank could not write to fails the request now, not when its KV is computed."""
-        if incarnation.pair not in self.by_pair or not destination.pages or self.real.writes is None:
-            return
-        problem = self.real.writes.problem(destination)
-        if problem is not None:
-            self.real.note(incarnation.pair, problem, self.real.reasons)
-            self.deliver("AbortRequested", incarnation, "layout_mismatch")
+        self.open(entry)
 
     def send_chunk(self, pair: Pair, pages: tuple[int, ...], last: bool, row: AuxRow | None = None) -> None:
         """The next pages of a prompt are computed: write them, and with the last of them what ``row`` says."""
@@ -149,10 +131,7 @@ class Sender(SenderRank):
             self._freed(pair, pages)
             return
         own, first = entry.incarnation, len(entry.pages)
-        problem = self.page_count_problem(own, first + len(pages), last)
-        if problem is not None:
-            self.real.note(pair, problem, self.real.reasons)
-            self.deliver("AbortRequested", own, "page_count_mismatch")
+        if not self.has_place_for(entry, first + len(pages), last):
             self._freed(pair, pages)
             return
         if row is not None and last:
@@ -194,8 +173,6 @@ class Sender(SenderRank):
     def poll_changed(self, room: Room) -> None:
         pair, poll = room.incarnation.pair, room.local.poll
         self.listener.polled(pair, poll, self.real.why(room) if poll == "Failed" else None)
-        if poll == "Failed" and self.real.writes is not None:
-            self.real.writes.abort(pair)
         super().poll_changed(room)
 
     def _freed(self, pair: Pair, pages: tuple[int, ...]) -> None:
@@ -315,20 +292,6 @@ class Receiver(ReceiverRank):
         if entry is not None and cause == f"topology_{MISMATCH}":
             cause = f"{cause}: {self.real.misfits.get(entry.engine)}"
         self.listener.polled(pair, local.poll, cause)
-        if local.lease == "Draining":
-            writes = self.real.writes
-            if writes is not None and not writes.transport.caps.one_sided:
-                self.real.after(FENCE_AFTER_S, self._fence, room.incarnation)
-
-    def _fence(self, own: Incarnation) -> None:
-        """Pages of a failed request are still exposed, and this process itself places what comes (tcp): it refuses it
-        from now on, and that is the proof that all writers are quiet.
-        """
-        room, writes = self.rooms.get(own.room), self.real.writes
-        is_exposed = room is not None and room.incarnation == own and room.local.lease in ("Draining", "Quarantined")
-        if is_exposed and writes is not None and writes.transport.revoke(own):
-            for peer in self.peers.get(self.key(own), ()):
-                self.receive_ack(own, peer.bit)
 
     def _freed(self, pair: Pair, pages: tuple[int, ...]) -> None:
         self.listener.freed(pair, pages)

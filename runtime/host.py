@@ -455,6 +455,24 @@ class Host:
         assert self.writes is not None
         self.writes.post(destination, chunk, first, pages, last, done)
 
+    def problem(self, destination: Destination) -> str | None:
+        """Why this process cannot write to a destination's memory, or None."""
+        return None if self.writes is None else self.writes.problem(destination)
+
+    def abandon(self, own: Incarnation) -> None:
+        """Ask for the end of a failed room's writes."""
+        if self.writes is not None:
+            self.writes.abort(own.pair)
+
+    def refuse(self, own: Incarnation) -> bool:
+        """Place no byte any more that comes for a room, where this process itself places what comes (tcp)."""
+        writes = self.writes
+        return writes is not None and not writes.transport.caps.one_sided and writes.transport.revoke(own)
+
+    def explain(self, own: Incarnation, reason: str) -> None:
+        """What ``why`` says of a room, besides its cause."""
+        self.note(own.pair, reason, self.reasons)
+
     # -- the router
 
     def leg_failed(self, rank: Any, request: Request, side: str, cause: str) -> None:

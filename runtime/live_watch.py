@@ -6,8 +6,8 @@ rank cannot know, so they are left to ``kvpoll validate`` and a merged trace, in
 
 S1 is the one that matters most, and decode does not see the writes to its pages. So it presumes them: a prefill rank
 that was told an address may write there from then on, until it has said that its last write is complete, has
-acknowledged the abort, or its process is proven to be over. That is judged from messages alone, not from what the
-room machine makes of them, so a rule (or a defect) that lets go of pages too early is seen.
+acknowledged the abort, its process is proven to be over, or its bytes are refused (tcp). That is judged from messages
+alone, not from what the room machine makes of them, so a rule (or a defect) that lets go of pages too early is seen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from kvpoll.spec.invariants import Watch
-from kvpoll.spec.trace import Addressed, Released, Violated, WritePosted, WriteSettled
+from kvpoll.spec.trace import Addressed, Fenced, Released, Violated, WritePosted, WriteSettled
 from kvpoll.spec.vocabulary import Incarnation
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class PresumedWrites:
         self._told: dict[Incarnation, set[int]] = {}
         rank.host.stream.subscribe(Addressed, self._addressed)
         rank.host.stream.subscribe(Released, self._released)
+        rank.host.stream.subscribe(Fenced, self._fenced)
 
     def __len__(self) -> int:
         """Writes that are presumed to be under way."""
@@ -76,6 +77,11 @@ class PresumedWrites:
 
     def _released(self, event: Released) -> None:
         self._told.pop(event.incarnation, None)
+
+    def _fenced(self, event: Fenced) -> None:
+        """This rank itself places nothing any more of what comes for the room."""
+        for bit in list(self._open.get(event.incarnation, ())):
+            self._settle(event.incarnation, bit)
 
     def quiet(self, own: Incarnation, bit: int) -> None:
         """A prefill rank says that nothing of its writes is under way."""

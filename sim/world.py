@@ -96,6 +96,20 @@ class World:
         """Write pages of a prompt."""
         self.cluster.transport.post(rank, destination, chunk, first, pages, last, done)
 
+    def problem(self, destination: Destination) -> str | None:
+        """Every rank can write to every other."""
+        return None
+
+    def abandon(self, own: Incarnation) -> None:
+        """Its writes cannot be stopped."""
+
+    def refuse(self, own: Incarnation) -> bool:
+        """Its writes are one-sided: the writer places the bytes."""
+        return False
+
+    def explain(self, own: Incarnation, reason: str) -> None:
+        """Nobody reads."""
+
     def plan(self, engine: str) -> Plan:
         """The topology of a prefill engine."""
         return self.cluster.plan

@@ -198,6 +198,16 @@ class WriteSettled(NamedTuple):
     ok: bool
 
 
+class Fenced(NamedTuple):
+    """``node`` places what arrives itself, and refuses from now on what comes for its incarnation: no byte of a write
+    to it will be placed any more, whether that write has settled or not.
+    """
+
+    t: float
+    node: str
+    incarnation: Incarnation
+
+
 class Addressed(NamedTuple):
     """Decode rank ``node`` published its pages to prefill rank ``peer``.
 
@@ -377,7 +387,7 @@ EVENTS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         Admitted, Stepped, IllegalFactRaised, LoopStopped, Sent, Delivered, Lost, Requested, Answered, Reserved,
-        Released, Computed, WritePosted, WriteLanded, WriteSettled, Addressed, Committed, CollectiveEntered,
+        Released, Computed, WritePosted, WriteLanded, WriteSettled, Fenced, Addressed, Committed, CollectiveEntered,
         Decided, Queued, Stalled, Resulted, FaultBegan, FaultEnded, Marked, NodeStopped, NodeStarted,
         HealthReported, Healed, Surveyed, Violated,
     )

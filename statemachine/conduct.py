@@ -43,6 +43,21 @@ def follows_wall_clock(profile: Profile) -> bool:
     return profile["deadline_clock"] == "wall"
 
 
+def counts_pages(profile: Profile) -> bool:
+    """Does a prefill rank compare the pages of a prompt with those that decode has published (A08)?"""
+    return profile["page_count"] == "agreed"
+
+
+def stops_writes(profile: Profile) -> bool:
+    """Is a transport asked to end the writes of a failed request? Else pages wait for as long as those would take."""
+    return profile["failed_writes"] == "stopped"
+
+
+def fences(profile: Profile) -> bool:
+    """Does a decode rank that can refuse writes make a proof of it? Where pages go without one, nobody asks for it."""
+    return profile["release_requires_quiescence"] == "proof"
+
+
 def sends_again(profile: Profile) -> bool:
     """Is what a disconnect may have lost sent again when the link is back (B63)?"""
     return profile["resend_on_reconnect"] == "yes"

@@ -76,6 +76,12 @@ def note_death(state: Any, detail: Any) -> Any:
 
 
 @_update
+def note_refusal(state: Any, detail: Any) -> Any:
+    """Whoever may write to the room is refused by the owner itself: all have drained (ENGINES 4)."""
+    return state._replace(drained=state.contacted)
+
+
+@_update
 def mark_cleared(state: Any, detail: Any) -> Any:
     return state._replace(cleared=True)
 

@@ -9,6 +9,7 @@ from typing import Final
 from kvpoll.spec import trace
 from kvpoll.spec.invariants.monitor import Monitor, Recent, said
 from kvpoll.spec.trace import PageTag, Pair
+from kvpoll.spec.vocabulary import Incarnation
 
 Place = tuple[str, str]
 """(node, pool): where a page number means something."""
@@ -32,7 +33,8 @@ class PageLifetime(Monitor):
     Targets are the ``kv`` pages (and the ``aux`` row) of ``target``, sources the ``kv`` pages of ``node``.
     The violation carries the pair of the event that breaks it: the new owner, or the write that landed late.
     A stopped node has lost its memory, so its pages are forgotten and writes from and to it count as settled; a
-    write posted later to a life of its target that is over reaches nobody (its registration died with it).
+    write posted later to a life of its target that is over reaches nobody (its registration died with it). After
+    Fenced, no write to that incarnation places anything; what it reads it may still be reading.
 
     Looking up each page of each write would cost more than the rest of the watch. Pages are held in sets, one for
     each pair, and compared as sets; a page is only looked up once it *dangles*: a write is out on it and the
@@ -45,6 +47,7 @@ class PageLifetime(Monitor):
         self._owned: defaultdict[Place, set[int]] = defaultdict(set)
         self._owners: defaultdict[Place, dict[Pair, set[int]]] = defaultdict(dict)
         self._ended: dict[str, int] = {}
+        self._fenced: Recent[tuple[str, Incarnation], None] = Recent()
         self._writes: dict[int, trace.WritePosted] = {}
         self._touching: dict[Pair, set[int]] = {}
         self._dangling: dict[Place, dict[int, set[int]]] = {}
@@ -109,7 +112,8 @@ class PageLifetime(Monitor):
         number, pair = event.write, event.incarnation[:2]
         if number in self._writes:
             self._settle(number)
-        if event.incarnation.epoch <= self._ended.get(event.target, -1):
+        is_fenced = bool(self._fenced) and (event.target, event.incarnation) in self._fenced
+        if is_fenced or event.incarnation.epoch <= self._ended.get(event.target, -1):
             event = event._replace(target_pages=(), row=None)
         self._writes[number] = event
         if pair in self._touching:
@@ -131,6 +135,14 @@ class PageLifetime(Monitor):
                 text = f"write {event.write} of {said(pair)} landed on page {page}, now of {said(owner)}"
                 self.violate(event.t, event.node, pair, text)
                 return
+
+    def on_fenced(self, event: trace.Fenced) -> None:
+        self._fenced.remember((event.node, event.incarnation), None)
+        for number in self._touching.get(event.incarnation.pair, ()):
+            write = self._writes[number]
+            if (write.target, write.incarnation) == (event.node, event.incarnation):
+                self._tie_up(write._replace(source_pages=()))
+                self._writes[number] = write._replace(target_pages=(), row=None)
 
     def on_write_settled(self, event: trace.WriteSettled) -> None:
         self._settle(event.write)

@@ -129,6 +129,7 @@ Update(name, s, detail) ==
     [] name = "note_response" -> [s EXCEPT !.arrived = @ \union {detail[1]}]
     [] name = "note_drain" -> [s EXCEPT !.drained = @ \union {detail[1]}]
     [] name = "note_death" -> [s EXCEPT !.drained = @ \union detail[1]]  \* a dead process writes nothing any more
+    [] name = "note_refusal" -> [s EXCEPT !.drained = s.contacted]  \* refused by the owner itself
     [] name = "mark_cleared" -> [s EXCEPT !.cleared = TRUE]
     [] name = "forget" -> AbsentLocal
     [] name = "adopt" -> [s EXCEPT !.cleared = FALSE]  \* the newcomer uses the old entry; Foreign gives it the name

@@ -22,7 +22,8 @@ EXTENDS Integers, Sequences, TLC
 Rules_reference ==
   [identity |-> "incarnation", clear_leaves |-> "tombstone", early_destination |-> "held",
     early_abort |-> "remembered", duplicate_room |-> "rejected", success_is_final |-> "yes",
-    setup_failure |-> "final", illegal_fact |-> "fails_request", prefill_failure_notice |-> "always",
+    page_count |-> "agreed", failed_writes |-> "stopped", setup_failure |-> "final",
+    illegal_fact |-> "fails_request", prefill_failure_notice |-> "always",
     release_requires_quiescence |-> "proof", source_release |-> "proof",
     decode_bootstrap_deadline |-> "armed", prefill_transfer_deadline |-> "armed",
     pp_decision |-> "rank0_by_request_id", agreement |-> "by_request_id", decode_enqueue |-> "at_arrival",
@@ -37,9 +38,9 @@ Rules_reference ==
 Rules_sglang_0_5_23 ==
   [Rules_reference EXCEPT !.identity = "room", !.clear_leaves = "nothing", !.early_destination = "opens_room",
     !.early_abort = "forgotten", !.duplicate_room = "shared", !.success_is_final = "no",
-    !.illegal_fact = "stops_scheduler", !.prefill_failure_notice = "transfer_errors_only",
-    !.release_requires_quiescence = "proof_or_timeout", !.source_release = "at_once",
-    !.decode_bootstrap_deadline = "none", !.prefill_transfer_deadline = "none",
+    !.page_count = "unchecked", !.failed_writes = "left", !.illegal_fact = "stops_scheduler",
+    !.prefill_failure_notice = "transfer_errors_only", !.release_requires_quiescence = "proof_or_timeout",
+    !.source_release = "at_once", !.decode_bootstrap_deadline = "none", !.prefill_transfer_deadline = "none",
     !.pp_decision = "rank0_by_position", !.agreement = "by_position", !.dp_rank_notion = "attention",
     !.ready_means = "count_of_puts", !.register_exhausted = "continue_unregistered",
     !.registration_watch = "none", !.liveness_probe = "server_health", !.route_cache = "by_address",
@@ -236,7 +237,7 @@ Role_receiver == [
   states |-> {"Absent", "Bootstrapping", "WaitingForInput", "Success", "Failed", "Retired"},
   initial |-> "Absent",
   terminal |-> {"Success", "Failed"},
-  facts |-> {"RequestOpened", "RivalOpened", "RoutesResolved", "RouteUnavailable", "SetupFinished", "PagesReserved", "MetadataSent", "StatusReceived", "AbortRequested", "AbortAcknowledged", "PeerSuspected", "PeerDied", "DeadlineReached", "LinkRestored", "Cleared"},
+  facts |-> {"RequestOpened", "RivalOpened", "RoutesResolved", "RouteUnavailable", "SetupFinished", "PagesReserved", "MetadataSent", "StatusReceived", "AbortRequested", "AbortAcknowledged", "PeerSuspected", "PeerDied", "WritesRefused", "DeadlineReached", "LinkRestored", "Cleared"},
   rows |-> <<
     [from |-> {"Absent"}, fact |-> "RequestOpened", to |-> "Bootstrapping", guards |-> <<>>, update |-> <<"own">>, actions |-> <<<<"ArmDeadline", "bootstrap">>>>, when |-> <<<<"decode_bootstrap_deadline", {"armed"}>>>>, cause |-> "None"], \* D1
     [from |-> {"Absent"}, fact |-> "RequestOpened", to |-> "Bootstrapping", guards |-> <<>>, update |-> <<"own">>, actions |-> <<>>, when |-> <<<<"decode_bootstrap_deadline", {"none"}>>>>, cause |-> "None"], \* D1, B40
@@ -261,6 +262,7 @@ Role_receiver == [
     [from |-> {"Bootstrapping", "WaitingForInput"}, fact |-> "PeerDied", to |-> "Failed", guards |-> <<"a_sibling_lives">>, update |-> <<"note_death">>, actions |-> <<<<"CancelDeadline", "bootstrap">>, <<"CancelDeadline", "admission">>, <<"CancelDeadline", "waiting">>, <<"NotifyPrefill", "Abort">>>>, when |-> <<>>, cause |-> "prefill_lost"], \* D8, L2: the other prefill ranks of the room hear of it now
     [from |-> {"Bootstrapping", "WaitingForInput"}, fact |-> "PeerDied", to |-> "Failed", guards |-> <<>>, update |-> <<"note_death">>, actions |-> <<<<"CancelDeadline", "bootstrap">>, <<"CancelDeadline", "admission">>, <<"CancelDeadline", "waiting">>>>, when |-> <<>>, cause |-> "prefill_lost"], \* D8, ENGINES 4
     [from |-> {"Failed"}, fact |-> "PeerDied", to |-> "=", guards |-> <<>>, update |-> <<"note_death">>, actions |-> <<>>, when |-> <<>>, cause |-> "None"], \* ENGINES 4: a dead writer has drained
+    [from |-> {"Failed"}, fact |-> "WritesRefused", to |-> "=", guards |-> <<>>, update |-> <<"note_refusal">>, actions |-> <<>>, when |-> <<>>, cause |-> "None"], \* ENGINES 4: whose bytes are refused has drained
     [from |-> {"Bootstrapping"}, fact |-> "DeadlineReached", to |-> "Failed", guards |-> <<"timer_is_bootstrap">>, update |-> <<>>, actions |-> <<<<"NotifyPrefill", "Abort">>>>, when |-> <<<<"decode_bootstrap_deadline", {"armed"}>>>>, cause |-> "bootstrap_timeout"], \* B40
     [from |-> {"WaitingForInput"}, fact |-> "DeadlineReached", to |-> "Failed", guards |-> <<"timer_is_admission">>, update |-> <<>>, actions |-> <<<<"NotifyPrefill", "Abort">>>>, when |-> <<<<"decode_bootstrap_deadline", {"armed"}>>>>, cause |-> "admission_timeout"], \* B40
     [from |-> {"WaitingForInput"}, fact |-> "DeadlineReached", to |-> "Failed", guards |-> <<"timer_is_waiting">>, update |-> <<>>, actions |-> <<<<"NotifyPrefill", "Abort">>>>, when |-> <<>>, cause |-> "waiting_timeout"], \* D5
@@ -284,12 +286,14 @@ Role_receiver == [
     <<"AbortAcknowledged", {"Absent", "Bootstrapping", "WaitingForInput", "Success", "Retired"}>>,
     <<"PeerSuspected", {"Absent", "Success", "Failed", "Retired"}>>,
     <<"PeerDied", {"Absent", "Success", "Retired"}>>,
+    <<"WritesRefused", {"Absent", "Success", "Retired"}>>,
     <<"DeadlineReached", {"Absent", "Bootstrapping", "WaitingForInput", "Success", "Failed", "Retired"}>>,
     <<"LinkRestored", {"Absent", "Bootstrapping", "WaitingForInput", "Success", "Failed", "Retired"}>>,
     <<"Cleared", {"Absent", "Retired"}>>
   >>,
   illegal |-> <<
     <<"RequestOpened", {"Bootstrapping", "WaitingForInput", "Success", "Failed"}>>,
+    <<"WritesRefused", {"Bootstrapping", "WaitingForInput"}>>,
     <<"PagesReserved", {"Absent", "Bootstrapping", "Success", "Failed", "Retired"}>>,
     <<"MetadataSent", {"Absent", "Bootstrapping", "WaitingForInput", "Success", "Failed", "Retired"}>>,
     <<"Cleared", {"Bootstrapping", "WaitingForInput"}>>

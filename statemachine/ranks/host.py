@@ -146,6 +146,18 @@ class Host(Protocol):
              done: Callable[[str], None]) -> None:  # fmt: skip
         """Write ``pages``, the prompt's pages from ``first`` on; ``done`` hears "completed", "failed", "settled"."""
 
+    def problem(self, destination: Destination) -> str | None:
+        """Why this process cannot write to a destination's memory, or None. Nothing is sent."""
+
+    def abandon(self, own: Incarnation) -> None:
+        """A room of this process has failed: ask for the end of its writes. When they are quiet is heard as ever."""
+
+    def refuse(self, own: Incarnation) -> bool:
+        """Place no byte any more that comes for a room of this process. True proves it; False: it cannot refuse."""
+
+    def explain(self, own: Incarnation, reason: str) -> None:
+        """More of why a room fails, for people to read."""
+
     def plan(self, engine: str) -> Plan:
         """A prefill engine whose topology has been learned."""
 

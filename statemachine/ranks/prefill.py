@@ -367,7 +367,8 @@ class PrefillRank(SenderRank):
         pages = entry.pages[first : -(-entry.computed // page_tokens)]
         self.kv.computed(entry.incarnation, self.component, chunk, first, pages)
         host.emit(new_event(Computed, (host.now, self.node, entry.incarnation, chunk)))
-        if pages and self.poll(entry) in ("WaitingForInput", "Transferring"):
+        is_open = self.poll(entry) in ("WaitingForInput", "Transferring")
+        if pages and is_open and self.has_place_for(entry, first + len(pages), work.last):
             self.post(entry, chunk, first, pages, work.last)
         if work.last:
             self._move(entry, "ForwardFinished")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from kvpoll.spec.trace import Addressed
+from kvpoll.spec.trace import Addressed, Fenced
 from kvpoll.spec.vocabulary import Action, Incarnation
 from kvpoll.statemachine.agreement import Report, given_up
+from kvpoll.statemachine.conduct import fences
 from kvpoll.statemachine.mapping import Mapping, map_ranks
 from kvpoll.statemachine.ranks.engine import Home, decode_timers
 from kvpoll.statemachine.ranks.finder import Finder
@@ -45,6 +46,10 @@ class Entry:
         self.aborted: str | None = None
 
 
+WRITERS_MAY_WRITE = ("Draining", "Quarantined")
+"""Leases of failed rooms whose pages are still exposed."""
+
+
 class ReceiverRank(Rank):
     """One decode rank: tensor index ``tp`` of its replica."""
 
@@ -63,6 +68,7 @@ class ReceiverRank(Rank):
         self._mappings: dict[Plan, Mapping] = {}
         self.mail |= {"Status": self.receive_status, "AbortAck": self.receive_ack}
         self._actions |= {
+            "ArmDeadline": self._arm,
             "NotifyPrefill": self._notify_prefill,
             "SendMetadata": lambda action, origin: self._send_metadata(action.incarnation),
             "ReleasePages": self._release_pages,
@@ -90,6 +96,22 @@ class ReceiverRank(Rank):
         self.peers.pop(self.key(incarnation), None)
 
     # -- actions
+
+    def _arm(self, action: Action, origin: Any) -> None:
+        self.timers.arm(action.incarnation, action.detail)
+        if action.detail == "drain" and fences(self.host.profile):
+            self.host.after(self.host.profile.number("fence_after_s"), self._fence, action.incarnation)
+
+    def _fence(self, own: Incarnation) -> None:
+        """The grace is over in which writers could say that they are quiet, and hear why they should be. Where the host
+        itself places what comes for the room, it refuses it, and their word is not needed any more.
+        """
+        room = self.rooms.get(own.room)
+        if self.is_over() or room is None or room.incarnation != own or room.local.lease not in WRITERS_MAY_WRITE:
+            return
+        if self.host.refuse(own):
+            self.host.emit(Fenced(self.host.now, self.node, own))
+            self.deliver("WritesRefused", own)
 
     def _notify_prefill(self, action: Action, origin: Any) -> None:
         own = action.incarnation

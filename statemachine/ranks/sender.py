@@ -8,6 +8,7 @@ from typing import Any, Final
 from kvpoll.spec.vocabulary import Action, Incarnation
 from kvpoll.statemachine import dp_rank
 from kvpoll.statemachine.agreement import Report
+from kvpoll.statemachine.conduct import counts_pages, stops_writes
 from kvpoll.statemachine.machine import Room
 from kvpoll.statemachine.ranks.engine import PrefillHome, prefill_timers
 from kvpoll.statemachine.ranks.host import Destination, Request, is_of, unique_index
@@ -53,6 +54,8 @@ class SenderRank(Rank):
         self.askers: dict[tuple[int, ...], dict[int, tuple[str, Incarnation]]] = {}
         self.by_pair: dict[tuple[int, int], Entry] = {}
         self.registration = Registration()
+        self._counts_pages = counts_pages(engine.host.profile)
+        self._stops_writes = stops_writes(engine.host.profile)
         self._left: list[Callable[[], None]] = []
         self._early: dict[int, list[tuple[Any, ...]]] = {}
         self._early_count = 0
@@ -78,6 +81,8 @@ class SenderRank(Rank):
             self._early.setdefault(incarnation.room, []).append((message, incarnation, *arguments))
 
     def poll_changed(self, room: Room) -> None:
+        if self._stops_writes and room.local.poll == "Failed":
+            self.host.abandon(room.incarnation)
         if room.local.poll in ("Retired", "Absent") and room.incarnation.room in self._early:
             for message in self._early.pop(room.incarnation.room):
                 self._early_count -= 1
@@ -97,6 +102,15 @@ class SenderRank(Rank):
         room = self.rooms.get(incarnation.room)
         if room is None or self.key(room.incarnation) != key:
             self.destinations.pop(key, None)
+        elif incarnation.pair in self.by_pair:
+            self._check(incarnation, destination)
+
+    def _check(self, own: Incarnation, destination: Destination) -> None:
+        """Memory that this rank could not write to fails the request now, not when its KV is computed."""
+        problem = self.host.problem(destination) if destination.pages else None
+        if problem is not None:
+            self.host.explain(own, problem)
+            self.deliver("AbortRequested", own, "layout_mismatch")
 
     def receive_abort(self, incarnation: Incarnation, index: int, node: str, theirs: Incarnation) -> None:
         """A decode rank gave up; ``theirs`` is the incarnation to acknowledge."""
@@ -155,6 +169,9 @@ class SenderRank(Rank):
         if not self.deliver("RequestOpened", entry.incarnation, required):
             return False
         self.opened(entry)
+        if entry.rejected is None:
+            for destination in list(self.destinations.get(self.key(entry.incarnation), {}).values()):
+                self._check(entry.incarnation, destination)
         pair, dp_size, follows = entry.request.pair, engine.dp_ranks, engine.follows_room
         rank = dp_rank.known_rank(host.profile, self.dp, engine.dp_attention)
         cause = dp_rank.conflict(host.profile, pair[0], dp_size, follows, rank)
@@ -199,15 +216,21 @@ class SenderRank(Rank):
                     lambda outcome: self._write_ended(incarnation, outcome),
                 )  # fmt: skip
 
-    def page_count_problem(self, own: Incarnation, count: int, last: bool) -> str | None:
-        """Why a prompt of ``count`` pages so far cannot go to where decode has published, or None. Decode must get as
-        many pages as it has published; else its request would succeed with pages that nobody filled (A08).
+    def has_place_for(self, entry: Entry, count: int, last: bool) -> bool:
+        """Can a prompt of ``count`` pages so far go to where decode has published? If not, the request fails: it would
+        succeed with pages that nobody filled (A08).
         """
+        own = entry.incarnation
+        if not self._counts_pages:
+            return True
         for destination in self.destinations.get(self.key(own), {}).values():
             wanted = len(destination.pages)
             if wanted and (count > wanted or (last and count < wanted)):
-                return f"prefill has {count} pages{'' if last else ' or more'}, decode published {wanted}"
-        return None
+                more = "" if last else " or more"
+                self.host.explain(own, f"prefill has {count} pages{more}, decode published {wanted}")
+                self.deliver("AbortRequested", own, "page_count_mismatch")
+                return False
+        return True
 
     def _write_ended(self, incarnation: Incarnation, outcome: str) -> None:
         fact = {"completed": "WriteCompleted", "failed": "WriteFailed", "settled": "WriteSettled"}[outcome]

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint_stage import LIMIT_S, SOON, Stage, over, until
+from endpoint_stage import LAYOUT, LIMIT_S, SOON, Stage, over, until
 
 from kvpoll.runtime import KVPoll, TransferError, logs
 from kvpoll.runtime.control import messages as wire
+from kvpoll.runtime.transports.memory import Fabric
 from kvpoll.spec.trace import read_trace
 from kvpoll.spec.vocabulary import Incarnation
 
@@ -267,6 +268,34 @@ def test_the_same_story_under_the_reference_rules_is_clean() -> None:
         heir.publish([4], 2)
         over(heir, source, target)
         assert stage.decode.violations == stage.prefill.violations == []
+
+
+def test_who_refuses_the_bytes_of_a_paused_writer_has_the_pages_back_and_no_alarm() -> None:
+    """The fence: decode's own process places what comes. The next request has the pages while the writer is paused."""
+    fabric = Fabric()
+    fenced = {"transport": "memory", "options": {"fabric": fabric, "one_sided": False}}
+    with Stage(moving=False, monitored=True, **fenced) as stage:
+        stage.fabric = fabric
+        stage.prefill.do(stage._pump)
+        source, target = stage.ready((3, 4), row=1)
+        source.send([3, 4], last=True)
+        until(lambda: source.poll() == KVPoll.Transferring, "the write being posted")
+        stage.one_range()
+        stage.prefill.do(setattr, stage.prefill.rank, "stopped", True)
+        until(lambda: stage.prefill.rank.stopped, "prefill being deaf")
+        target.abort("client left")
+        assert target.wait_pages_free(LIMIT_S), "and prefill has not said a word"
+        assert source.poll() == KVPoll.Transferring
+        _, heir = stage.admit()
+        assert heir.wait(KVPoll.WaitingForInput, timeout_s=LIMIT_S) == KVPoll.WaitingForInput
+        heir.publish([3, 4], 1)
+        before = [stage.decode.pool.get(*plane, page).tobytes() for plane in LAYOUT.planes for page in (3, 4)]
+        stage.moving = True
+        until(lambda: not fabric.under_way, "the end of the write")
+        assert [stage.decode.pool.get(*plane, page).tobytes() for plane in LAYOUT.planes for page in (3, 4)] == before
+        assert stage.decode.violations == []
+        heir.abort("over")
+        over(target, heir)
 
 
 def test_a_row_of_another_request_is_seen_at_commit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -436,6 +436,26 @@ def test_pages_without_proof_are_quarantined_and_asked_for_again() -> None:
     story.hears("AbortAcknowledged", 0, orders, poll="Retired", lease="Released", drained=0b01)
 
 
+@pytest.mark.parametrize("is_quarantined", [False, True])
+def test_whose_bytes_are_refused_needs_no_acknowledgement(is_quarantined: bool) -> None:
+    """The fence: decode's own process places what arrives, and refuses it (tcp)."""
+    story = aborted()
+    story.hears("AbortAcknowledged", 1, drained=0b10)
+    if is_quarantined:
+        orders = "QuarantinePages NotifyPrefill(Abort) ArmDeadline(drain)"
+        story.hears("DeadlineReached", "drain", orders, lease="Quarantined")
+    orders = "CancelDeadline(drain) ReleasePages"
+    story.hears("WritesRefused", None, orders, lease="Released", drained=0b11)
+    story.hears("AbortAcknowledged", 0)
+    story.hears("Cleared", None, "ArmDeadline(tombstone)", poll="Retired")
+    story.hears("WritesRefused")
+
+
+def test_nobody_refuses_the_writes_of_a_request_that_lives() -> None:
+    story = exposed()
+    story.refuses("WritesRefused")
+
+
 def test_pages_that_nobody_was_told_of_come_back_at_once() -> None:
     story = waiting_receiver()
     story.hears("PagesReserved", lease="Reserved")

@@ -297,7 +297,7 @@ ON_THE_LINE = [
     ("peer", 'peer = "D0"', 'peer = "D1"', "", "no node 'D1' in this cluster (did you mean 'P1'?)"),
     ("event", '"Answered"', '"Answred"', "", "unknown trace event 'Answred' (did you mean 'Answered'?)"),
     ("event type", '"Answered"', "2", "", "unknown trace event 2 (valid: Addressed, Admitted, Answered, "
-     "CollectiveEntered, Committed, Computed, Decided, Delivered, FaultBegan, FaultEnded, Healed, HealthReported, ...)"),
+     "CollectiveEntered, Committed, Computed, Decided, Delivered, FaultBegan, FaultEnded, Fenced, Healed, ...)"),
     ("event field", "status = 200", "state = 200", "", "unknown field 'state' (did you mean 'status'?)"),
     ("trigger type", 'trigger = { event = "Answered", node = "D0*", status = 200 }', 'trigger = "Answered"', "",
      "trigger must be a table, got 'Answered'"),

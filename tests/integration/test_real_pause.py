@@ -10,7 +10,7 @@ import pytest
 from real_cluster import LAYOUT, MOMENTS, PAGE_TOKENS, Play, Verdict
 
 from kvpoll.runtime.pools.pattern import is_corrupt
-from kvpoll.spec.trace import Marked, PageTag, Released, WritePosted
+from kvpoll.spec.trace import Fenced, Marked, PageTag, Released, WritePosted, WriteSettled
 from kvpoll.statemachine.ranks.engine import EngineShape
 from kvpoll.statemachine.ranks.host import Request
 
@@ -130,13 +130,19 @@ def stop_in_the_middle_of_a_write(play: Play) -> tuple[Request, WritePosted]:
     return request, write
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-def test_a_paused_writer_wakes_up_and_no_byte_of_a_released_page_changes(transport: str, tmp_path: Path) -> None:
+NO_FENCE = {"fence_after_s": 600}
+"""Decode could refuse what comes over tcp; here it does not, and waits for the writer's word as over shm."""
+
+
+@pytest.mark.parametrize(("transport", "rules"), [("shm", {}), ("tcp", NO_FENCE)])
+def test_a_paused_writer_wakes_up_and_no_byte_of_a_released_page_changes(
+    transport: str, rules: dict[str, Any], tmp_path: Path
+) -> None:
     """The client leaves while the writer stands still: its pages stay in quarantine until it has said that it is quiet.
 
     Another request decodes from other pages all the while. ENGINES 4 shows what real engines do to such pages.
     """
-    with late_writer(tmp_path, transport, "proof") as play:
+    with late_writer(tmp_path, transport, "proof", **rules) as play:
         request, write = stop_in_the_middle_of_a_write(play)
         fault = play.began("P0", "pause")
         play.launcher.router.client_leaves(request.rid)
@@ -161,13 +167,50 @@ def test_a_paused_writer_wakes_up_and_no_byte_of_a_released_page_changes(transpo
     assert verdict.broken == {}
 
 
+def test_who_places_the_bytes_can_refuse_them_and_needs_no_word_of_a_paused_writer(tmp_path: Path) -> None:
+    """Over tcp decode's own process places what arrives. It fences the room of the request that was given up, has the
+    pages back while the writer still stands amid its write, and gives them all to another request. The writer wakes up
+    and sends on: no byte of them changes, and it hears that it was refused.
+    """
+    with late_writer(tmp_path, "tcp", "proof") as play:
+        request, write = stop_in_the_middle_of_a_write(play)
+        fault = play.began("P0", "pause")
+        play.launcher.router.client_leaves(request.rid)
+        given_back = play.until(lambda: released(play, request), "the pages coming back")
+        (fenced,) = play.seen(Fenced, node="D0")
+        assert fenced.incarnation == given_back.incarnation and fenced.t <= given_back.t
+        assert not play.seen(Marked, node="D0", mark="pages_quarantined")
+        other = play.submit(PROMPT, output=1500)
+        assert other.prefill == 1
+        assert play.answered(other).ok
+        pages = play.held("D0")[other.pair]
+        assert set(pages) == set(write.target_pages)
+        before = page_bytes(play, pages)
+        assert all(is_wholly_of(other, tag) for tag in play.tags("D0", pages, "P1"))
+        assert not play.seen(WriteSettled, node="P0"), "the writer still stands amid its write"
+        play.go_on("P0")
+        play.ended("P0", "pause", fault)
+        (settled,) = play.until(lambda: play.seen(WriteSettled, node="P0"), "the end of the write")
+        assert not settled.ok
+        play.past(5.0)
+        assert page_bytes(play, pages) == before
+        play.heal()
+        play.hurry()
+        play.until(lambda: not play.held("D0"), "the end of the other request")
+        verdict = play.verdict()
+    assert verdict.broken == {}
+
+
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 @pytest.mark.parametrize("rule", ["never", "proof_or_timeout"])
 def test_without_proof_the_same_writer_overwrites_the_pages_of_another_request(
     rule: str, transport: str, tmp_path: Path
 ) -> None:
-    """The check above can fail: where pages go without proof, S1 breaks, and the bytes of the new owner change."""
-    with late_writer(tmp_path, transport, rule) as play:
+    """The check above can fail: where pages go without proof, S1 breaks, and the bytes of the new owner change.
+
+    The writer is not asked to stop: else it might, between two of its frames, before it has done any harm.
+    """
+    with late_writer(tmp_path, transport, rule, failed_writes="left") as play:
         request, write = stop_in_the_middle_of_a_write(play)
         fault = play.began("P0", "pause")
         play.launcher.router.client_leaves(request.rid)
@@ -187,10 +230,10 @@ def test_without_proof_the_same_writer_overwrites_the_pages_of_another_request(
     assert "S1" in verdict.broken
 
 
-def late_writer(folder: Path, transport: str, rule: str) -> Play:
+def late_writer(folder: Path, transport: str, rule: str, **rules: Any) -> Play:
     """Two prefill ranks that write slowly, and a decode rank with memory for two prompts."""
     play = Play(
-        folder, transport=transport, options=SLOW, rules={"release_requires_quiescence": rule}, speed=5.0, layout=BIG,
+        folder, transport=transport, options=SLOW, rules={"release_requires_quiescence": rule, **rules}, speed=5.0, layout=BIG,
         prefill=EngineShape(count=2, kv_pages=32, rows=32), decode=EngineShape(kv_pages=2 * PROMPT_PAGES, rows=32),
     )  # fmt: skip
     for node in ("P0", "P1"):

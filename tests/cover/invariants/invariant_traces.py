@@ -67,6 +67,10 @@ def step(
     return trace.Stepped(t, node, role, own, fact, meant or own, detail, before, after, *leases, cause, actions)
 
 
+def fenced(t: float, node: str, pair: Pair) -> trace.Fenced:
+    return trace.Fenced(t, node, incarnation(pair))
+
+
 def opened(t: float, node: str, pair: Pair = A, before: str = "Absent") -> trace.Stepped:
     return step(t, node, pair, "RequestOpened", before, "Bootstrapping")
 
