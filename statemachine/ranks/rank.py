@@ -66,15 +66,18 @@ class Timers:
         self.host.after(delay_s, self._ring, name)
 
     def _ring(self, name: str) -> None:
-        self._rings.discard(name)
         if self.stopped:
             return
         now = self.host.now
-        while (due := self._due[name]) and due[incarnation := next(iter(due))] <= now + 1e-9:
-            del due[incarnation]
-            self._fire(incarnation, name)
-        if due and name not in self._rings:
-            self._ring_after(max(0.0, due[next(iter(due))] - now), name)
+        self._rings.add(name)  # what a timer that rings arms anew is seldom the next one to ring
+        try:
+            while (due := self._due[name]) and due[incarnation := next(iter(due))] <= now + 1e-9:
+                del due[incarnation]
+                self._fire(incarnation, name)
+        finally:
+            self._rings.discard(name)
+            if due := self._due[name]:
+                self._ring_after(max(0.0, due[next(iter(due))] - now), name)
 
 
 NOTHING_TO_DO = frozenset({"Absent", "Announced", "Bootstrapping", "Transferring", "Retired"})

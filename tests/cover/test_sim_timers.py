@@ -79,6 +79,22 @@ def test_a_timer_that_is_cancelled_and_armed_again_rings_once(clock: Clock) -> N
     assert clock.rung == [(15, A, "long")]
 
 
+def test_a_timer_that_is_armed_again_as_it_rings_holds_no_other_up(clock: Clock) -> None:
+    """As the drain timer is, when it quarantines pages: the next room's rings on time, not one duration later."""
+    clock.timers.arm(A, "long")
+    clock.until(1)
+    clock.timers.arm(B, "long")
+    heard = clock.timers._fire
+
+    def arms_again(incarnation: Incarnation, name: str) -> None:
+        heard(incarnation, name)
+        clock.timers.arm(incarnation, name)
+
+    clock.timers._fire = arms_again
+    clock.until(32)
+    assert clock.rung == [(t + later, who, "long") for t in (10, 20, 30) for later, who in ((0, A), (1, B))]
+
+
 def test_timers_of_a_dead_process_do_not_ring(clock: Clock) -> None:
     clock.timers.arm(A, "long")
     clock.until(5)
