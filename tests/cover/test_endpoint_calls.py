@@ -78,7 +78,7 @@ def test_calls_that_cannot_mean_anything_are_refused_and_change_nothing(stage: S
     assert source.wait(KVPoll.WaitingForInput, timeout_s=LIMIT_S) == KVPoll.WaitingForInput
     with pytest.raises(TransferError, match="no pages of 80/0"):
         source.send([])
-    with pytest.raises(TransferError, match="go with its last pages"):
+    with pytest.raises(TransferError, match="go with the last pages"):
         source.send([1], first_token=3)
     with pytest.raises(TransferError, match="above 64 bits"):
         source.send([1], last=True, prompt_tokens=-1)
