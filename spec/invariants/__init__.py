@@ -17,11 +17,11 @@ Throughout, a *pair* is (room, attempt): what both sides of a request have in co
 """
 
 from kvpoll.spec.invariants.catalogue import INVARIANTS, Invariant, Klass
-from kvpoll.spec.invariants.monitor import REMEMBERED, Bounds, Monitor, Recent, TimedMonitor
+from kvpoll.spec.invariants.monitor import PAUSE, REMEMBERED, Bounds, Monitor, Recent, TimedMonitor
 from kvpoll.spec.invariants.ranks import AGREEMENT_WINDOW
 from kvpoll.spec.invariants.watch import RECORDED, InvariantError, Watch, judge
 
 __all__ = [
-    "AGREEMENT_WINDOW", "INVARIANTS", "RECORDED", "REMEMBERED", "Bounds", "Invariant", "InvariantError",
+    "AGREEMENT_WINDOW", "INVARIANTS", "PAUSE", "RECORDED", "REMEMBERED", "Bounds", "Invariant", "InvariantError",
     "Klass", "Monitor", "Recent", "TimedMonitor", "Watch", "judge",
 ]  # fmt: skip

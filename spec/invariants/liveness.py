@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from kvpoll.spec import trace
-from kvpoll.spec.invariants.monitor import LIVE_POLLS, Monitor, MortalMonitor, Recent, TimedMonitor, ends
+from kvpoll.spec.invariants.monitor import (
+    LIVE_POLLS,
+    PAUSE,
+    Monitor,
+    MortalMonitor,
+    Recent,
+    TimedMonitor,
+    ends,
+    matches,
+)
 from kvpoll.spec.trace import Pair
 
 
@@ -131,6 +140,9 @@ class HonestTimer(Monitor):
     comes after an Addressed of that node and pair: before that the peer had nowhere to write. With detail
     "bootstrap" on a sender, no receiver of the pair is in WaitingForInput without having Addressed: such a
     peer has resolved its ranks and waits only for its own memory.
+
+    A receiver whose process stood still (a fault of kind "pause") at any time since it opened the room is excused:
+    its own deadline, which would have ended the request first, stood still as well.
     """
 
     invariant = "L7"
@@ -138,6 +150,25 @@ class HonestTimer(Monitor):
     def begin(self) -> None:
         self._addressed: Recent[tuple[str, Pair], None] = Recent()
         self._holding: dict[Pair, set[str]] = {}
+        self._opened_t: dict[tuple[str, Pair], float] = {}
+        self._pauses: set[tuple[str, str]] = set()
+        self._went_on_t: dict[str, float] = {}
+
+    def on_fault_began(self, event: trace.FaultBegan) -> None:
+        """A process stands still from here on; its peers cannot know."""
+        if event.kind == PAUSE:
+            self._pauses.add((event.node, event.fault))
+
+    def on_fault_ended(self, event: trace.FaultEnded) -> None:
+        """It goes on, and is late with what it had begun."""
+        if (event.node, event.fault) in self._pauses:
+            self._pauses.discard((event.node, event.fault))
+            self._went_on_t[event.node] = event.t
+
+    def _stood_still(self, node: str, since: float) -> bool:
+        return any(matches(name, node) for name, _ in self._pauses) or any(
+            t >= since and matches(name, node) for name, t in self._went_on_t.items()
+        )
 
     def on_addressed(self, event: trace.Addressed) -> None:
         """From here on the prefill side can act."""
@@ -153,6 +184,8 @@ class HonestTimer(Monitor):
         if event.role != "receiver":
             return
         pair, after = event.incarnation[:2], event.poll_after
+        if after in LIVE_POLLS:
+            self._opened_t.setdefault((event.node, pair), event.t)
         if after == "WaitingForInput":
             if (event.node, pair) not in self._addressed:
                 self._holding.setdefault(pair, set()).add(event.node)
@@ -160,6 +193,7 @@ class HonestTimer(Monitor):
         self._let_go(pair, event.node)
         if after not in LIVE_POLLS:
             self._addressed.pop((event.node, pair), None)
+            self._opened_t.pop((event.node, pair), None)
 
     def _judge(self, event: trace.Stepped) -> None:
         pair = event.incarnation[:2]
@@ -168,9 +202,10 @@ class HonestTimer(Monitor):
                 text = "gave up waiting for a peer that had not been told where to write"
                 self.violate(event.t, event.node, pair, text)
         elif event.detail == "bootstrap" and pair in self._holding:
-            holding = ", ".join(sorted(self._holding[pair]))
-            text = f"gave up on {holding}, which was only waiting for its own memory"
-            self.violate(event.t, event.node, pair, text)
+            held = {node for node in self._holding[pair] if not self._stood_still(node, self._opened_t[node, pair])}
+            if held:
+                text = f"gave up on {', '.join(sorted(held))}, which was only waiting for its own memory"
+                self.violate(event.t, event.node, pair, text)
 
     def _let_go(self, pair: Pair, node: str) -> None:
         holding = self._holding.get(pair)
@@ -183,5 +218,6 @@ class HonestTimer(Monitor):
         """It waits for nothing any more."""
         for pair in [pair for pair, nodes in self._holding.items() if event.node in nodes]:
             self._let_go(pair, event.node)
-        for key in [key for key in self._addressed if key[0] == event.node]:
-            del self._addressed[key]
+        for table in (self._addressed, self._opened_t):
+            for key in [key for key in table if key[0] == event.node]:
+                del table[key]

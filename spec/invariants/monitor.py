@@ -22,6 +22,9 @@ GONE: Final[frozenset[str]] = frozenset({"Absent", "Retired"})
 OPENING: Final = "RequestOpened"
 """The one fact by which an owner takes a room; every other fact finds a room or leaves it without owner."""
 
+PAUSE: Final = "pause"
+"""Kind of the fault that makes the processes of a node stand still (SIGSTOP) and go on later."""
+
 REMEMBERED: Final = 16_384
 """How many past requests a monitor remembers where it must recognise something that comes late."""
 
@@ -179,3 +182,11 @@ def ends(step: Stepped) -> bool:
 def said(pair: Pair) -> str:
     """How texts name a pair."""
     return f"room {pair[0]} (attempt {pair[1]})"
+
+
+def matches(prefix: str, node: str) -> bool:
+    """Is ``prefix`` a prefix of the node's name? ``*`` is one of all; P1 is none of P10."""
+    if prefix == "*":
+        return True
+    rest = node[len(prefix) :]
+    return node.startswith(prefix) and not (prefix[-1:].isdigit() and rest[:1].isdigit())

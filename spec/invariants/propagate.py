@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from kvpoll.spec import trace
-from kvpoll.spec.invariants.monitor import LIVE_POLLS, Recent, TimedMonitor
+from kvpoll.spec.invariants.monitor import LIVE_POLLS, Recent, TimedMonitor, matches
 from kvpoll.spec.trace import Pair
 
 
@@ -97,7 +97,7 @@ class Propagate(TimedMonitor):
         return ranks.union(*self._failed.get(pair, {}).values())
 
     def _touches(self, severs: tuple[str, ...], pair: Pair) -> bool:
-        return any(_matches(prefix, node) for node in self._ranks(pair) for prefix in severs)
+        return any(matches(prefix, node) for node in self._ranks(pair) for prefix in severs)
 
     def on_fault_began(self, event: trace.FaultBegan) -> None:
         if event.severs:
@@ -134,11 +134,3 @@ class Propagate(TimedMonitor):
         for node, role in self._holders.get(pair, {}).items():
             if role != failed_role:
                 self._owed.pop((pair, node), None)
-
-
-def _matches(prefix: str, node: str) -> bool:
-    """Is ``prefix`` a prefix of the node's name? ``*`` is one of all; P1 is none of P10."""
-    if prefix == "*":
-        return True
-    rest = node[len(prefix) :]
-    return node.startswith(prefix) and not (prefix[-1:].isdigit() and rest[:1].isdigit())

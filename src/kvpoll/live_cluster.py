@@ -20,6 +20,7 @@ from kvpoll.runtime.pools.plan import share
 from kvpoll.sim.faults import Fault, Injector, kinds
 from kvpoll.sim.run import PROBE
 from kvpoll.sim.workload import Arrival
+from kvpoll.spec.invariants import PAUSE
 from kvpoll.spec.protocol import Profile, Protocol
 from kvpoll.spec.trace import (
     Committed,
@@ -270,7 +271,7 @@ class LiveCluster:
         self._serial += 1
         name = f"stop-up{self._serial}"
         severs = ("*",) if deed.target.startswith("B") else (deed.target,)
-        launcher.emit(FaultBegan(launcher.now, deed.target, name, "process_stopped", severs))
+        launcher.emit(FaultBegan(launcher.now, deed.target, name, PAUSE, severs))
         self._stopped[name] = deed.target
         for child in self._under(deed.target):
             launcher.signal(child.node, signal.SIGSTOP)
@@ -283,7 +284,7 @@ class LiveCluster:
         target = self._stopped.pop(fault)
         for child in self._under(target):
             self.launcher.signal(child.node, signal.SIGCONT)
-        self.launcher.emit(FaultEnded(self.launcher.now, target, fault, "process_stopped"))
+        self.launcher.emit(FaultEnded(self.launcher.now, target, fault, PAUSE))
         self.tell(f"{target} goes on (SIGCONT)")
 
     def _under(self, target: str) -> list[Child]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from kvpoll.spec import trace
-from kvpoll.spec.invariants import Bounds, Watch
+from kvpoll.spec.invariants import PAUSE, Bounds, Watch
 from kvpoll.spec.trace import PageTag, Pair
 from kvpoll.spec.vocabulary import Incarnation
 
@@ -192,6 +192,14 @@ def severed(t: float, *severs: str) -> trace.FaultBegan:
 
 def restored(t: float) -> trace.FaultEnded:
     return trace.FaultEnded(t, "P0", "cut", "partition")
+
+
+def paused(t: float, node: str = "D0") -> trace.FaultBegan:
+    return trace.FaultBegan(t, node, "stands still", PAUSE, (node,))
+
+
+def went_on(t: float, node: str = "D0") -> trace.FaultEnded:
+    return trace.FaultEnded(t, node, "stands still", PAUSE)
 
 
 def surveyed(
