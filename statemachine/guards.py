@@ -83,6 +83,11 @@ def has_routes(state: Any, detail: Any, profile: Profile) -> bool:
 
 
 @_guard
+def has_no_routes(state: Any, detail: Any, profile: Profile) -> bool:
+    return not has_routes(state, detail, profile)
+
+
+@_guard
 def outcome_is_failed(state: Any, detail: Any, profile: Profile) -> bool:
     return detail[1] == "Failed"
 

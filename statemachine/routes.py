@@ -1,8 +1,13 @@
-"""How long a decode rank asks for a topology, and which endpoints it may use: those of living processes."""
+"""How long a decode rank asks for a topology or an endpoint, and which it may use: those of living processes."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kvpoll.spec.protocol import Profile
+
+if TYPE_CHECKING:
+    from kvpoll.statemachine.machine import Local
 
 
 def gives_up(profile: Profile, own: int, shared: int) -> bool:
@@ -12,6 +17,27 @@ def gives_up(profile: Profile, own: int, shared: int) -> bool:
     comes late in an outage is failed with those before it, although the server may be back a second later (L4).
     """
     return (own if profile["topology_patience"] == "own" else shared) >= profile.number("topology_attempts")
+
+
+def asks_together(profile: Profile) -> bool:
+    """Do requests that need the same endpoint ask for it once? Where each is asked again, only so is R3 kept."""
+    return profile["endpoint_patience"] == "as_topology"
+
+
+def gives_up_endpoint(profile: Profile, useless: int) -> bool:
+    """Has a request waited long enough for an endpoint, after so many answers that were of no use to it?"""
+    return profile["endpoint_patience"] == "none" or useless >= profile.number("topology_attempts")
+
+
+def still_looks(profile: Profile, room: Local) -> bool:
+    """Is it worth while to look for the prefill ranks of this room: to set it up, or to tell them that it has failed?
+
+    A room that has failed is looked for until they are found, or until it is forgotten: at the end of its tombstone.
+    """
+    if room.poll == "Bootstrapping":
+        return True
+    has_failed = room.poll == "Failed" or (room.poll == "Retired" and room.cause is not None)
+    return has_failed and room.contacted == 0 and profile["decode_failure_notice"] == "looks_on"
 
 
 MISMATCH = "mismatch"

@@ -16,6 +16,7 @@ from kvpoll.spec.trace import Addressed, Answered, HealthReported, Pair, Request
 from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.health import reports_healthy
 from kvpoll.statemachine.roles import DpEntry, Machines, Peer, Registration, Registry, Resolution, Routed
+from kvpoll.statemachine.routes import still_looks
 
 SERVER: Final = "B0"
 ENGINE: Final = "P0"
@@ -88,8 +89,8 @@ class Enlisting(NamedTuple):
 class Find(NamedTuple):
     """How far the set-up of a receiver has come.
 
-    asks: "topology", "rank" or "endpoint" while a request is out; "topology again" or "rank again" while it waits to
-    ask once more. node: the prefill rank whose endpoint is asked for.
+    asks: "topology", "rank" or "endpoint" while a request is out; with " again" while it waits to ask once more.
+    node: the prefill rank whose endpoint is asked for.
     """
 
     rid: str
@@ -137,6 +138,10 @@ class Desk:
             return server._replace(rooms=tuple(sorted({**dict(server.rooms), room: entry}.items()))), None, ()
         rid, room = rest
         return server, (QUERY, rid, "200", self.dp_rank(server, room)), ()
+
+    def lists(self, server: Server, node: str) -> bool:
+        """Would a request for this rank's endpoint be answered with it?"""
+        return self.serve(server, (GET, "", node))[1] == (GET, "", node, "200")
 
     def dp_rank(self, server: Server, room: int) -> tuple[int, ...]:
         """What the server knows of a room's DP rank; empty if nothing."""
@@ -274,9 +279,10 @@ class DecodePen(Pen):
         self.endpoints.clear()
 
     def done(self, label: str, *others: Any, first: tuple[Any, ...] = ()) -> Outcome:
-        """The outcome; set-ups of rooms that do not wait for one any more are over."""
+        """The outcome; nobody looks for the prefill rank of other rooms any more."""
         outcome = super().done(label, *others, first=first)
-        seeking = {number for number, room in self.rooms.items() if room.local.poll == "Bootstrapping"}
+        profile = self.machine.profile
+        seeking = {number for number, room in self.rooms.items() if still_looks(profile, room.local)}
         finds = tuple(find for rid, find in sorted(self.finds.items()) if self.pairs[rid][0] in seeking)
         decode = Decode(outcome.after[0], self.topology, frozenset(self.endpoints), finds)
         return outcome._replace(after=(decode, *outcome.after[1:]))

@@ -33,7 +33,7 @@ from kvpoll.statemachine import dp_rank
 from kvpoll.statemachine.agreement import BOOTSTRAPPING, Report, decide_bootstrap, decide_transfer
 from kvpoll.statemachine.conduct import illegal_fact_stops, waits_for_http
 from kvpoll.statemachine.roles import Machines, Queued, Resolution
-from kvpoll.statemachine.routes import forgets_on_timeout
+from kvpoll.statemachine.routes import forgets_on_timeout, gives_up_endpoint
 
 GAUGES = {
     "Bootstrap": "num_prefill_bootstrap_queue_reqs",
@@ -373,7 +373,9 @@ class DecodeSide(_Side):
             self._finish(pen, rid, find.node)
         else:
             pen.drop_routes()
-            self._fail(pen, rid, "route_unavailable")
+            pen.finds[rid] = find._replace(asks="endpoint again")
+            if gives_up_endpoint(self.profile, 0):
+                self._fail(pen, rid, "route_unavailable")
 
     def _ask_again(self, rid: str, decode: Decode, server: Server) -> Iterator[Outcome]:
         """Of all the times that it asks again, the one that gets another answer."""
@@ -385,6 +387,10 @@ class DecodeSide(_Side):
             pen.finds[rid] = find._replace(asks="topology")
             pen.ask(GET, rid, "", repeat=1)
             yield pen.done(f"{DECODE} asks for the topology again for {rid}", server)
+        elif find.asks == "endpoint again" and self.scene.desk.lists(server, find.node):
+            pen.finds[rid] = find._replace(asks="endpoint")
+            pen.ask(GET, rid, find.node, repeat=1)
+            yield pen.done(f"{DECODE} asks for the endpoint of {find.node} again for {rid}", server)
         elif find.asks == "rank again" and self.scene.desk.dp_rank(server, room):
             state, _ = self.machines.resolution.step(find.resolution, "RetryDue")
             pen.finds[rid] = find._replace(asks="rank", resolution=state)
@@ -392,13 +398,16 @@ class DecodeSide(_Side):
             yield pen.done(f"{DECODE} asks for the DP rank of {rid} again", server)
 
     def _stop_asking(self, rid: str, decode: Decode) -> Iterator[Outcome]:
-        """All the times that it may ask for the topology are used up."""
+        """All the times that it may ask for the topology, or for an endpoint, are used up."""
         find = next((find for find in decode.finds if find.rid == rid), None)
-        if find is None or find.asks != "topology again" or decode.process.stopped or self._is_blocked(decode):
+        if find is None or decode.process.stopped or self._is_blocked(decode):
             return
-        pen = self._decode_pen(decode)
-        self._fail(pen, rid, "topology_unavailable")
-        yield pen.done(f"{DECODE} stops asking for the topology for {rid}")
+        pen, what = self._decode_pen(decode), find.asks.removesuffix(" again")
+        room = pen.rooms.get(self.scene.own(rid).room)
+        if find.asks not in ("topology again", "endpoint again") or room is None or room.local.poll != "Bootstrapping":
+            return
+        self._fail(pen, rid, f"{what}_unavailable")
+        yield pen.done(f"{DECODE} stops asking for the {what} for {rid}")
 
     # -- decode's queues
 

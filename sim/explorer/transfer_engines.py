@@ -35,8 +35,9 @@ from kvpoll.spec.trace import (
 from kvpoll.spec.vocabulary import Incarnation
 from kvpoll.statemachine.agreement import Report, decide_bootstrap, decide_transfer
 from kvpoll.statemachine.conduct import follows_wall_clock, illegal_fact_stops, probes_ranks
+from kvpoll.statemachine.machine import Local
 from kvpoll.statemachine.roles import Machines, Peer, Queued
-from kvpoll.statemachine.routes import forgets_on_timeout, may_use
+from kvpoll.statemachine.routes import forgets_on_timeout, may_use, still_looks
 
 NOT_HERE: Any = (None, None, None)
 
@@ -406,12 +407,20 @@ class Engines:
             )
 
     def _seeking(self, process: Process, rid: str) -> bool:
-        """Does the room of this request still want routes?"""
-        if self._entry(process, rid) is None:
-            return False
+        """Is its prefill rank still looked for, to set it up or to tell it of a failure?"""
+        room = self._room(process, rid)
+        return room is not None and still_looks(self.profile, room)
+
+    def _setting_up(self, process: Process, rid: str) -> bool:
+        room = self._room(process, rid)
+        return room is not None and room.poll == "Bootstrapping"
+
+    def _room(self, process: Process, rid: str) -> Local | None:
+        if not process.up or process.stopped:
+            return None
         own = self.own(rid, process)
         room = next((room for room in process.rooms if room.incarnation.room == own.room), None)
-        return room is not None and room.incarnation.pair == own.pair and room.local.poll == "Bootstrapping"
+        return room.local if room is not None and room.incarnation.pair == own.pair else None
 
     def _find(self, node: str, process: Process, life: Life, rid: str) -> Iterator[Outcome]:
         """GET /route, or the cache; then the set-up call returns."""
@@ -431,7 +440,7 @@ class Engines:
         yield pen.done(f"{node} finds {peer} for {rid}", life)
 
     def _lose_way(self, node: str, process: Process, rid: str) -> Iterator[Outcome]:
-        if not self._seeking(process, rid):
+        if not self._setting_up(process, rid):
             return
         pen, own = self.pen(node, process), self.own(rid, process)
         pen.routes.pop(self.asked[rid].prefill, None)

@@ -76,6 +76,7 @@ Guard(name, s, detail) ==
     [] name = "has_no_owner" -> ~s.owned
     \* receivers
     [] name = "has_routes" -> s.contacted # {}
+    [] name = "has_no_routes" -> s.contacted = {}
     [] name = "outcome_is_failed" -> detail[2] = "Failed"
     [] name = "outcome_is_success" -> detail[2] = "Success"
     [] name = "response_completes" ->  \* duplicates do not count
@@ -110,6 +111,13 @@ Guard(name, s, detail) ==
     [] name = "everyone_entered" -> Cardinality(s.entered \union {detail[1]}) >= detail[2]
 
 \* --------------------------------------------------------------------------------------------- updates
+
+\* Are the prefill ranks of this room still looked for, to set it up or to tell them that it has failed?
+StillLooks(local) ==
+  \/ local.poll = "Bootstrapping"
+  \/ /\ local.poll = "Failed" \/ (local.poll = "Retired" /\ local.cause # "None")
+     /\ local.contacted = {}
+     /\ Rules.decode_failure_notice = "looks_on"
 
 \* The newest process of a rank retires the endpoint of its predecessor.
 EnterRank(ranks, name, epoch) ==

@@ -382,9 +382,9 @@ Receiver == Pen("D0", "receiver", decode)
 IsBlocked == /\ Rules.http_calls = "blocking"
              /\ \E rid \in DOMAIN decode.finds : decode.finds[rid].asks \in {"topology", "endpoint"}
 
-\* Set-ups of rooms that do not wait for one any more are over.
+\* Nobody looks for the prefill rank of other rooms any more.
 DecodeDone(pen, channels, answersAfter) ==
-  LET seeking == {rid \in DOMAIN pen.finds : RoomAt(pen, Own(rid)[1]).local.poll = "Bootstrapping"}
+  LET seeking == {rid \in DOMAIN pen.finds : StillLooks(RoomAt(pen, Own(rid)[1]).local)}
   IN /\ decode' = [topology |-> pen.topology, endpoints |-> pen.endpoints,
                    finds |-> [rid \in seeking |-> pen.finds[rid]]] @@ Process(pen)
      /\ chan' = SendAll(channels, pen.sent)
@@ -436,7 +436,8 @@ GoOn(pen, rid, answer) ==
             ELSE [pen EXCEPT !.finds[rid].asks = "topology again"]
        [] find.asks = "endpoint" ->
             IF answer[4] = "200" THEN FinishSetUp([pen EXCEPT !.endpoints = @ \union {find.node}], rid, find.node)
-            ELSE FailSetUp(DropRoutes(pen), rid, "route_unavailable")
+            ELSE LET waits == [DropRoutes(pen) EXCEPT !.finds[rid].asks = "endpoint again"]
+                 IN IF Rules.endpoint_patience = "none" THEN FailSetUp(waits, rid, "route_unavailable") ELSE waits
        [] OTHER -> pen
 
 \* An answer; nobody may be waiting for it any more.
@@ -451,19 +452,28 @@ IsFinding(rid, asks) ==
 \* Of all the times that it asks again, the one that gets another answer.
 CanAskForTopology(rid) == IsFinding(rid, "topology again") /\ server.up /\ server.registry.state = "Ready"
 CanAskForRank(rid) == IsFinding(rid, "rank again") /\ server.up /\ DpRank(Own(rid)[1]) # <<>>
+CanAskForEndpoint(rid) ==
+  /\ IsFinding(rid, "endpoint again") /\ server.up /\ server.registry.state = "Ready"
+  /\ \E entry \in server.registry.ranks : entry[1] = decode.finds[rid].node
 AskAgain(rid) ==
   LET find == decode.finds[rid]
       step == Step("resolution", find.resolution, "RetryDue", <<>>)
       forTopology == Ask(Receiver, rid, [find EXCEPT !.asks = "topology"], <<"GET /route", rid, "">>)
       forRank == Ask(Receiver, rid, [find EXCEPT !.asks = "rank", !.resolution = step.state],
                      <<"POST /query_dp_ranks", rid, Own(rid)[1]>>)
+      forEndpoint == Ask(Receiver, rid, [find EXCEPT !.asks = "endpoint"], <<"GET /route", rid, find.node>>)
   IN \/ CanAskForTopology(rid) /\ DecodeDone(forTopology, chan, answers)
+     \/ CanAskForEndpoint(rid) /\ DecodeDone(forEndpoint, chan, answers)
      \/ CanAskForRank(rid) /\ DecodeDone(forRank, chan, answers)
 
-\* All the times that it may ask for the topology are used up.
+\* All the times that it may ask for the topology, or for an endpoint, are used up.
+SetsUp(rid) == RoomAt(decode, Own(rid)[1]).local.poll = "Bootstrapping"
 StopAsking(rid) ==
-  /\ IsFinding(rid, "topology again")
-  /\ DecodeDone(FailSetUp(Receiver, rid, "topology_unavailable"), chan, answers)
+  /\ SetsUp(rid)
+  /\ \/ /\ IsFinding(rid, "topology again")
+        /\ DecodeDone(FailSetUp(Receiver, rid, "topology_unavailable"), chan, answers)
+     \/ /\ IsFinding(rid, "endpoint again")
+        /\ DecodeDone(FailSetUp(Receiver, rid, "endpoint_unavailable"), chan, answers)
 
 \* -- what it is told
 
@@ -580,7 +590,7 @@ Timer ==
 \* Is a step possible, is a timer running? The same as ENABLED Steps and ENABLED Timer, which TLC takes minutes to find.
 IsOut(link) == chan[link] # <<>>
 DecodeCanHear(link) == IsOut(link) /\ ~IsBlocked
-CanAskAgain(rid) == CanAskForTopology(rid) \/ CanAskForRank(rid)
+CanAskAgain(rid) == CanAskForTopology(rid) \/ CanAskForEndpoint(rid) \/ CanAskForRank(rid)
 
 StepEnabled ==
   \/ CanHeal \/ ~server.up \/ DecodeCanHear(<<"R", "D0">>) \/ answers["D0"] # {}
@@ -593,7 +603,7 @@ StepEnabled ==
 
 PrefillCanRing(node, name) == Rings(prefill[node], name) # {}
 DecodeCanRing(name) == Rings(decode, name) # {} /\ ~IsBlocked
-CanStopAsking(rid) == IsFinding(rid, "topology again")
+CanStopAsking(rid) == SetsUp(rid) /\ (IsFinding(rid, "topology again") \/ IsFinding(rid, "endpoint again"))
 
 TimerEnabled ==
   \/ \E node \in Nodes : registrations[node].retry \/ \E name \in PrefillTimers : PrefillCanRing(node, name)

@@ -24,29 +24,31 @@ Rules_reference ==
     early_abort |-> "remembered", duplicate_room |-> "rejected", success_is_final |-> "yes",
     page_count |-> "agreed", failed_writes |-> "stopped", setup_failure |-> "final",
     illegal_fact |-> "fails_request", prefill_failure_notice |-> "always",
-    release_requires_quiescence |-> "proof", source_release |-> "proof",
+    decode_failure_notice |-> "looks_on", release_requires_quiescence |-> "proof", source_release |-> "proof",
     decode_bootstrap_deadline |-> "armed", prefill_transfer_deadline |-> "armed",
     pp_decision |-> "rank0_by_request_id", agreement |-> "by_request_id", decode_enqueue |-> "at_arrival",
     dp_conflict |-> "fails_at_once", dp_rank_notion |-> "effective", dp_lookup |-> "derive",
     ready_means |-> "distinct_ranks", register_exhausted |-> "unhealthy_keep_trying",
     registration_watch |-> "epoch", liveness_probe |-> "rank_epoch", route_cache |-> "by_epoch",
-    topology_patience |-> "own", resend_on_reconnect |-> "yes", router_join |-> "first_failure_cancels",
-    http_calls |-> "asynchronous", health |-> "can_serve", deadline_clock |-> "monotonic",
-    register_attempts |-> 5, topology_attempts |-> 40, heartbeat_max_failure |-> 2]
+    topology_patience |-> "own", endpoint_patience |-> "as_topology", resend_on_reconnect |-> "yes",
+    router_join |-> "first_failure_cancels", http_calls |-> "asynchronous", health |-> "can_serve",
+    deadline_clock |-> "monotonic", register_attempts |-> 5, topology_attempts |-> 40,
+    heartbeat_max_failure |-> 2]
 
 \* sglang-0.5.23: the protocol as SGLang ships it today
 Rules_sglang_0_5_23 ==
   [Rules_reference EXCEPT !.identity = "room", !.clear_leaves = "nothing", !.early_destination = "opens_room",
     !.early_abort = "forgotten", !.duplicate_room = "shared", !.success_is_final = "no",
     !.page_count = "unchecked", !.failed_writes = "left", !.illegal_fact = "stops_scheduler",
-    !.prefill_failure_notice = "transfer_errors_only", !.release_requires_quiescence = "proof_or_timeout",
-    !.source_release = "at_once", !.decode_bootstrap_deadline = "none", !.prefill_transfer_deadline = "none",
+    !.prefill_failure_notice = "transfer_errors_only", !.decode_failure_notice = "known_ranks",
+    !.release_requires_quiescence = "proof_or_timeout", !.source_release = "at_once",
+    !.decode_bootstrap_deadline = "none", !.prefill_transfer_deadline = "none",
     !.pp_decision = "rank0_by_position", !.agreement = "by_position", !.dp_rank_notion = "attention",
     !.ready_means = "count_of_puts", !.register_exhausted = "continue_unregistered",
     !.registration_watch = "none", !.liveness_probe = "server_health", !.route_cache = "by_address",
-    !.topology_patience = "shared", !.resend_on_reconnect = "no", !.router_join = "waits_for_both",
-    !.http_calls = "blocking", !.health = "process_alive", !.deadline_clock = "wall",
-    !.topology_attempts = 15]
+    !.topology_patience = "shared", !.endpoint_patience = "none", !.resend_on_reconnect = "no",
+    !.router_join = "waits_for_both", !.http_calls = "blocking", !.health = "process_alive",
+    !.deadline_clock = "wall", !.topology_attempts = 15]
 
 \* before-sglang-24772: failed set-up is overwritten by WaitingForInput
 Rules_before_sglang_24772 ==
@@ -245,6 +247,8 @@ Role_receiver == [
     [from |-> {"Bootstrapping", "WaitingForInput", "Success", "Failed"}, fact |-> "RivalOpened", to |-> "=", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"RejectRequest", "None">>>>, when |-> <<<<"duplicate_room", {"rejected"}>>>>, cause |-> "None"], \* A22
     [from |-> {"Bootstrapping", "WaitingForInput", "Success", "Failed"}, fact |-> "RivalOpened", to |-> "=", guards |-> <<>>, update |-> <<"adopt">>, actions |-> <<>>, when |-> <<<<"duplicate_room", {"shared"}>>>>, cause |-> "None"], \* A22; breaks S12, S2
     [from |-> {"Bootstrapping"}, fact |-> "RoutesResolved", to |-> "=", guards |-> <<>>, update |-> <<"note_routes">>, actions |-> <<>>, when |-> <<>>, cause |-> "None"], \* D2
+    [from |-> {"Failed"}, fact |-> "RoutesResolved", to |-> "=", guards |-> <<"has_no_routes">>, update |-> <<"note_routes">>, actions |-> <<<<"NotifyPrefill", "Abort">>>>, when |-> <<<<"decode_failure_notice", {"looks_on"}>>>>, cause |-> "None"], \* L2: found too late, and told at once
+    [from |-> {"Retired"}, fact |-> "RoutesResolved", to |-> "=", guards |-> <<"has_no_routes", "remembers_failure">>, update |-> <<"note_routes">>, actions |-> <<<<"NotifyPrefill", "Abort">>>>, when |-> <<<<"decode_failure_notice", {"looks_on"}>>>>, cause |-> "None"], \* L2
     [from |-> {"Bootstrapping"}, fact |-> "RouteUnavailable", to |-> "Failed", guards |-> <<>>, update |-> <<>>, actions |-> <<<<"CancelDeadline", "bootstrap">>>>, when |-> <<>>, cause |-> "detail"], \* D3
     [from |-> {"Bootstrapping"}, fact |-> "SetupFinished", to |-> "WaitingForInput", guards |-> <<"has_routes">>, update |-> <<>>, actions |-> <<<<"CancelDeadline", "bootstrap">>, <<"ArmDeadline", "admission">>>>, when |-> <<<<"decode_bootstrap_deadline", {"armed"}>>>>, cause |-> "None"], \* D2
     [from |-> {"Bootstrapping"}, fact |-> "SetupFinished", to |-> "WaitingForInput", guards |-> <<"has_routes">>, update |-> <<>>, actions |-> <<>>, when |-> <<<<"decode_bootstrap_deadline", {"none"}>>>>, cause |-> "None"], \* D2

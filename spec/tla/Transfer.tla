@@ -387,14 +387,17 @@ Conclude(node, rid) ==
      /\ Done(IF report.poll = 0 THEN Abandon(Pen(node), rid, report.cause)
              ELSE Deliver(Advance(Pen(node), rid, "TransferAgreed"), "Cleared", Own(rid, engine[node]), None, None))
 
-\* Does the room of this request still want routes?
-Seeks(node, rid) ==
+\* The room of this request is as `holds` says.
+RoomIs(node, rid, holds(_)) ==
   LET number == Asked[rid].room
   IN /\ Works(engine[node])
-     /\ rid \in DOMAIN engine[node].entries
      /\ number \in DOMAIN engine[node].rooms
      /\ PairOf(engine[node].rooms[number].incarnation) = Pair(rid)
-     /\ engine[node].rooms[number].local.poll = "Bootstrapping"
+     /\ holds(engine[node].rooms[number].local)
+
+\* Is its prefill rank still looked for, to set it up or to tell it of a failure?
+Seeks(node, rid) == RoomIs(node, rid, StillLooks)
+SetsUp(node, rid) == RoomIs(node, rid, LAMBDA local : local.poll = "Bootstrapping")
 
 MayUse(listed, belief) ==
   Rules.route_cache = "by_address" \/ belief = None \/ listed >= belief[1]
@@ -420,7 +423,7 @@ LoseRoute(node, rid) ==
   LET own == Own(rid, engine[node])
       pen == [Pen(node) EXCEPT !.p.routes = Drop(@, Asked[rid].prefill)]
       failed == Deliver(pen, "RouteUnavailable", own, <<"route_404">>, None)
-  IN /\ Seeks(node, rid)
+  IN /\ SetsUp(node, rid)
      /\ Fault("route_failure")
      /\ DoneWith(Deliver(failed, "SetupFinished", own, None, None), chan)
      /\ UNCHANGED <<router, life, wire>>

@@ -1,4 +1,7 @@
-"""How a decode rank finds a request's prefill ranks: topology, DP rank, endpoints, with caches and retries."""
+"""How a decode rank finds a request's prefill ranks: topology, DP rank, endpoints, with caches and retries.
+
+A request that fails meanwhile may still be looked for, so that its prefill ranks hear of it (``routes.still_looks``).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,14 @@ from kvpoll.statemachine.conduct import waits_for_http
 from kvpoll.statemachine.dp_rank import entry_key
 from kvpoll.statemachine.ranks.host import Happening, Reply, rank_name, unique_index
 from kvpoll.statemachine.roles import Resolution
-from kvpoll.statemachine.routes import MISMATCH, gives_up, may_use
+from kvpoll.statemachine.routes import MISMATCH, asks_together, gives_up, gives_up_endpoint, may_use, still_looks
 
 if TYPE_CHECKING:
+    from kvpoll.statemachine.machine import Local
     from kvpoll.statemachine.ranks.receiver import Entry, ReceiverRank
+
+
+Wanted = tuple[str, "Entry | None"]
 
 
 class Finder:
@@ -20,7 +27,9 @@ class Finder:
 
     ``_asking``: for each engine whose topology is asked for, who waits for it, and how many answers there had been
     when it came. ``_unanswered``: for each engine, the requests whose DP rank its server did not know, and how often
-    each has been asked for.
+    each has been asked for. ``_fetching``: for each prefill rank whose endpoint is asked for, or will be again, who
+    waits for it, with the DP rank that each was told and how many answers have been of no use to it. Where requests do
+    not ask together, each is a key of its own.
     """
 
     def __init__(self, rank: ReceiverRank) -> None:
@@ -33,6 +42,7 @@ class Finder:
         self._attempts: dict[str, int] = {}
         self._names: dict[tuple[str, int], dict[str, int]] = {}
         self._unanswered: dict[str, dict[Entry, tuple[Resolution, int]]] = {}
+        self._fetching: dict[Wanted, dict[Entry, tuple[int, int]]] = {}
         self._asks_again = False
 
     def drop(self, engine: str) -> None:
@@ -86,21 +96,26 @@ class Finder:
             self._topology.add(engine)
             self._resolve(engine, list(asking))
             return
-        waiting = {entry: since for entry, since in asking.items() if not gives_up(profile, attempt - since, attempt)}
-        if status == MISMATCH:
-            waiting = {}
-        if waiting:
+        for entry, since in asking.items():
+            if status == MISMATCH or (self._is_open(entry) and gives_up(profile, attempt - since, attempt)):
+                self._fail(entry, f"topology_{status}")
+        waiting = {entry: since for entry, since in asking.items() if self._is_wanted(entry)}
+        if waiting and status != MISMATCH:
             self._asking[engine] = waiting
             self.host.after(profile.number("topology_retry_s"), self._ask_topology, engine, attempt + 1)
-        for entry in asking:
-            if entry not in waiting:
-                self._fail(entry, f"topology_{status}")
+
+    def _room(self, entry: Entry) -> Local | None:
+        room = self.rank.rooms.get(entry.incarnation.room)
+        return room.local if room is not None and room.incarnation.pair == entry.incarnation.pair else None
+
+    def _is_open(self, entry: Entry) -> bool:
+        """Does its set-up wait? One that has failed and is only looked for has all the time that its room has."""
+        room = self._room(entry)
+        return room is not None and room.poll == "Bootstrapping"
 
     def _is_wanted(self, entry: Entry) -> bool:
-        room = self.rank.rooms.get(entry.incarnation.room)
-        return (
-            room is not None and room.incarnation.pair == entry.incarnation.pair and room.local.poll == "Bootstrapping"
-        )
+        room = self._room(entry)
+        return room is not None and still_looks(self.host.profile, room)
 
     # -- DP rank
 
@@ -175,31 +190,57 @@ class Finder:
         }  # fmt: skip
         return names
 
-    def _fetch(self, entry: Entry, dp: int | None, repeat: int = 0) -> None:
+    def _fetch(self, entry: Entry, dp: int | None, useless: int = 0) -> None:
+        """Ask for the first endpoint that is missing."""
         if not self._is_wanted(entry) or self.rank.is_over() or dp is None:
             return
-        engine = entry.engine
+        engine, profile = entry.engine, self.host.profile
         known = self._endpoints.setdefault(engine, {})
         missing = [node for node in self._targets(entry, dp) if node not in known]
         if not missing:
             self._finish(entry, dp)
             return
-        node = missing[0]
+        wanted = (missing[0], None if asks_together(profile) else entry)
+        if wanted in self._fetching:
+            self._fetching[wanted][entry] = (dp, useless)
+            return
+        self._fetching[wanted] = {entry: (dp, useless)}
+        self._request(
+            engine, "GET /route", missing[0], useless,
+            lambda status, body: self._endpoint_answered(engine, wanted, status, body),
+        )  # fmt: skip
 
-        def answered(status: int | str, body: Any) -> None:
-            if status == 200 and not may_use(
-                self.host.profile, body[node], self.host.believed_epoch(self.rank, engine)
-            ):
-                self.host.mark(self.rank.node, "stale_route_refused")
-                self.host.after(self.host.profile.number("topology_retry_s"), self._fetch, entry, dp, repeat + 1)
-            elif status == 200:
-                self._endpoints.setdefault(engine, {})[node] = body[node]
-                self._fetch(entry, dp)
-            elif self._is_wanted(entry):
-                self.drop(engine)
+    def _endpoint_answered(self, engine: str, wanted: Wanted, status: int | str, body: Any) -> None:
+        if self.rank.is_over():
+            return
+        profile, node = self.host.profile, wanted[0]
+        is_stale = status == 200 and not may_use(profile, body[node], self.host.believed_epoch(self.rank, engine))
+        if is_stale:
+            self.host.mark(self.rank.node, "stale_route_refused")
+        elif status == 200:
+            self._endpoints.setdefault(engine, {})[node] = body[node]
+            self._go_on(wanted)
+            return
+        else:
+            self.drop(engine)  # a server that has lost this rank may list another topology
+        asking = self._fetching[wanted]
+        for entry, (dp, useless) in list(asking.items()):
+            asking[entry] = (dp, useless + 1)
+            if not self._is_wanted(entry):
+                del asking[entry]
+            elif not is_stale and self._is_open(entry) and gives_up_endpoint(profile, useless + 1):
                 self._fail(entry, f"route_{status}")
+                if not self._is_wanted(entry):
+                    del asking[entry]
+        if asking:
+            self.host.after(profile.number("topology_retry_s"), self._go_on, wanted)
+        else:
+            del self._fetching[wanted]
 
-        self._request(engine, "GET /route", node, repeat, answered)
+    def _go_on(self, wanted: Wanted) -> None:
+        """Who waited for this endpoint looks what is missing now; who asked first asks first."""
+        for entry, (dp, useless) in self._fetching.pop(wanted).items():
+            self._fetch(entry, dp, useless)
 
     def _real_tp(self, engine: str) -> str | None:
         """Where others are dummies, the tensor rank that is real."""

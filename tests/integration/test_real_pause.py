@@ -178,7 +178,7 @@ def test_who_places_the_bytes_can_refuse_them_and_needs_no_word_of_a_paused_writ
         assert all(is_wholly_of(other, tag) for tag in play.tags("D0", pages, "P1"))
         assert not play.seen(WriteSettled, node="P0"), "the writer still stands amid its write"
         play.go_on("P0")
-        play.ended("P0", "pause", fault)
+        play.ended("P0", PAUSE, fault)
         (settled,) = play.until(lambda: play.seen(WriteSettled, node="P0"), "the end of the write")
         assert not settled.ok
         play.past(5.0)
