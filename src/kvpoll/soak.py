@@ -6,7 +6,11 @@ Two prefill engines, each with a bootstrap server of its own, and two decode eng
 first of each kind lives from beginning to end, is stopped now and then, and shows whether memory is flat; the second
 is killed again and again and comes back in a new life. Every byte is compared on arrival. What is judged: every
 invariant on the merged traces while they are written, those that an endpoint can judge alone in monitored mode,
-every byte, and after the last request that nothing is left. Ctrl-C ends it early, with a verdict.
+every byte, after the last request that a few more succeed now that the faults are over, and that nothing is left.
+Ctrl-C ends it early, with a verdict.
+
+Ranks tell each other of every failure. The router tells them only what they may be unable to know: that a process was
+killed, which its broken connection says (``--router-tells failures`` has it abort the other leg of any failure).
 """
 
 from __future__ import annotations
@@ -29,19 +33,23 @@ from typing import Any, Final, NamedTuple
 
 from kvpoll.commands.options import Parser, counted
 from kvpoll.commands.status import HOLDS, VIOLATED
+from kvpoll.soak_process import fate
 from kvpoll.soak_verdict import check_path, verdict, write
+from kvpoll.spec.invariants import PAUSE
 from kvpoll.spec.protocol import load
-from kvpoll.spec.trace import Admitted, FaultBegan, FaultEnded, NodeStopped, Surveyed, encode
+from kvpoll.spec.trace import Admitted, FaultBegan, FaultEnded, Healed, NodeStopped, Resulted, Surveyed, encode
 
 ROUTER: Final = "R"
+OUTAGE: Final = "bootstrap_amnesia"
 WINDOW: Final = 96
 REUSED_SHARE: Final = 0.05
 FAULT_EVERY_S: Final = (1.0, 4.0)
 STALL_S: Final = (0.3, 4.0)
 TELL_S: Final = 0.3
-"""When one side has failed and the other has not ended after this time, the router gives up its leg there. Routers do
-so at once; this one waits, to see the protocol tell it. It cannot where decode fails before it has found prefill.
-"""
+"""So long the router waits before it gives up the other leg. Routers do so at once; this one lets ranks go first."""
+
+PROBES: Final = 16
+"""So many requests come when the faults are over; nobody gives them up, and each must succeed (L4)."""
 
 DOWN_S: Final = (0.2, 2.0)
 QUIET_LIMIT_S: Final = 150.0
@@ -60,11 +68,14 @@ END_S: Final = 80.0
 
 
 class Plan(NamedTuple):
-    """What is asked for. faults: are processes stopped and killed?"""
+    """What is asked for. faults: are processes stopped and killed? router_tells: does the router abort the other leg
+    after any failure ("failures"), or only after a process was killed ("deaths")?
+    """
 
     requests: int
     seed: int
     faults: bool = True
+    router_tells: str = "deaths"
 
 
 class Member:
@@ -80,6 +91,7 @@ class Member:
         self.pipe = ""
         self.stats: dict[str, Any] = {}
         self.survey: dict[str, int] | None = None
+        self.gauges: dict[str, float] = {}
         self.total: Counter[str] = Counter()
         self.first_stats: dict[str, Any] = {}
         self._orders: list[dict[str, Any]] = []
@@ -122,8 +134,13 @@ class Soak:
         self.unexpected: list[str] = []
         self._reusable: deque[tuple[int, int]] = deque(maxlen=1000)
         self._due: list[tuple[float, str, Member, dict[str, Any]]] = []
-        self._untold: deque[tuple[float, str, tuple[int, int]]] = deque()
-        self.told_by_router = 0
+        self._untold: deque[tuple[float, str, tuple[int, int], str]] = deque()
+        self.told_by_router: Counter[str] = Counter()
+        self.probed: Counter[str] = Counter()
+        self.is_healed = False
+        self._probes: set[tuple[int, int]] = set()
+        self._unanswered: set[tuple[int, int]] = set()
+        self._outages: dict[str, str] = {}
         self._room = 0
         self._results: dict[tuple[int, int], dict[str, str]] = {}
         self._sent: dict[str, list[Any]] = {member.name: [] for member in self.members}
@@ -209,9 +226,9 @@ class Soak:
             self._due.remove(due)
             self._undo(*due[1:])
         while self._untold and self._untold[0][0] <= now:
-            _, name, pair = self._untold.popleft()
+            _, name, pair, why = self._untold.popleft()
             if name in self.owing.get(pair, ()):
-                self.told_by_router += 1
+                self.told_by_router[why] += 1
                 self.by_name[name].tell(abort=[pair])
 
     def _hung_up(self, member: Member | None) -> None:
@@ -232,8 +249,12 @@ class Soak:
             if member.stats and not member.first_stats:
                 member.first_stats = member.stats
             member.survey = said.get("survey", member.survey)
-            for room, attempt in said.get("failed", ()):
-                self.expect_end((room, attempt), member.name)
+            member.gauges = said.get("gauges", member.gauges)
+            if said.get("listed") and member.name in self._outages:
+                self.emit(FaultEnded(time.monotonic(), member.node, self._outages.pop(member.name), OUTAGE))
+            for room, attempt, cause in said.get("failed", ()):
+                self.answer((room, attempt), cause)
+                self.expect_end((room, attempt), member.name, "failed")
             for room, attempt, outcome in said.get("over", ()):
                 self.settle((room, attempt), member.name, outcome)
 
@@ -244,21 +265,36 @@ class Soak:
             return
         names.discard(name)
         self._results.setdefault(pair, {})[name] = outcome
+        if outcome != "ok":
+            self.answer(pair, "engine_crashed" if outcome == "killed" else outcome)
+        elif name.startswith("decode"):
+            self.answer(pair, None)
         if names:
-            if outcome != "ok":
-                self.expect_end(pair, name)
+            if outcome == "killed":
+                self.expect_end(pair, name, outcome)
             return
         del self.owing[pair]
-        self.over += 1
         told = set(self._results.pop(pair).values())
         worst = sorted(told - {"ok"}, key=lambda outcome: (outcome != "corrupt", outcome))
+        if pair in self._probes:
+            self.probed[worst[0] if worst else "ok"] += 1
+            return
+        self.over += 1
         self.outcomes[worst[0] if worst else "ok"] += 1
         self._reusable.append(pair)
 
-    def expect_end(self, pair: tuple[int, int], name: str) -> None:
-        """One side has failed: unless the other ends soon, the router tells it."""
-        for other in self.owing.get(pair, set()) - {name}:
-            self._untold.append((time.monotonic() + TELL_S, other, pair))
+    def answer(self, pair: tuple[int, int], cause: str | None) -> None:
+        """The client has its answer: decode's success, or the first failure of a side."""
+        if pair in self._unanswered:
+            self._unanswered.discard(pair)
+            rid = f"{pair[0]}/{pair[1]}"
+            self.emit(Resulted(time.monotonic(), ROUTER, rid, pair, cause is None, cause, None))
+
+    def expect_end(self, pair: tuple[int, int], name: str, why: str) -> None:
+        """One side has failed or was killed: unless the other ends soon, the router tells it, if it tells this."""
+        if why == "killed" or self.plan.router_tells == "failures":
+            for other in self.owing.get(pair, set()) - {name}:
+                self._untold.append((time.monotonic() + TELL_S, other, pair, why))
 
     # -- requests
 
@@ -267,14 +303,19 @@ class Soak:
         up = [[each for each in self.members if each.kind == side and each.state in ("up", "stopped")]
               for side in ("prefill", "decode")]  # fmt: skip
         while len(self.owing) < WINDOW and self.admitted < self.plan.requests and all(up):
-            prefill, decode = map(self.chance.choice, up)
-            pair = self._pair()
-            self.owing[pair] = {prefill.name, decode.name}
             self.admitted += 1
-            nodes = ((prefill.node,), (decode.node,))
-            self.emit(Admitted(time.monotonic(), ROUTER, f"{pair[0]}/{pair[1]}", pair, *nodes))
-            for member in (prefill, decode):
-                self._sent[member.name].append([*pair, prefill.config["bootstrap"]])
+            self._admit(self._pair(), *map(self.chance.choice, up))
+        self._send()
+
+    def _admit(self, pair: tuple[int, int], prefill: Member, decode: Member) -> None:
+        self.owing[pair] = {prefill.name, decode.name}
+        self._unanswered.add(pair)
+        nodes = ((prefill.node,), (decode.node,))
+        self.emit(Admitted(time.monotonic(), ROUTER, f"{pair[0]}/{pair[1]}", pair, *nodes))
+        for member in (prefill, decode):
+            self._sent[member.name].append([*pair, prefill.config["bootstrap"]])
+
+    def _send(self) -> None:
         for name, requests in self._sent.items():
             if requests:
                 self.by_name[name].tell(admit=requests)
@@ -287,6 +328,19 @@ class Soak:
             return room, attempt + 1
         self._room += 1
         return self._room, 0
+
+    def probe(self) -> None:
+        """The faults are over: from here on every request must succeed (L4). All pairs of engines get some."""
+        self.is_healed = True
+        self.emit(Healed(time.monotonic(), ROUTER))
+        sides = [[each for each in self.members if each.kind == side] for side in ("prefill", "decode")]
+        for number in range(PROBES):
+            self._room += 1
+            while any(fate(self.plan.seed, self._room, 0)[:3]):
+                self._room += 1
+            self._probes.add((self._room, 0))
+            self._admit((self._room, 0), sides[0][number % 2], sides[1][number // 2 % 2])
+        self._send()
 
     # -- faults
 
@@ -311,10 +365,13 @@ class Soak:
         }
         self.faults.append(fault)
         if deed == "kill":
+            if kind == "server":  # until a rank is in its table again, nobody finds the way to that engine
+                self._outages[member.name] = fault["id"]
+                self.emit(FaultBegan(now, member.node, fault["id"], OUTAGE, (member.node,)))
             self.kill(member)
             self._due.append((now + self.chance.uniform(*DOWN_S), "launch", member, fault))
             return
-        self.emit(FaultBegan(now, member.node, fault["id"], "stall", (member.node,)))
+        self.emit(FaultBegan(now, member.node, fault["id"], PAUSE, (member.node,)))
         member.process.send_signal(signal.SIGSTOP)
         member.state = "stopped"
         self._due.append((now + self.chance.uniform(*STALL_S), "continue", member, fault))
@@ -326,7 +383,7 @@ class Soak:
         elif member.state == "stopped":
             member.process.send_signal(signal.SIGCONT)
             member.state = "up"
-            self.emit(FaultEnded(time.monotonic(), member.node, fault["id"], "stall"))
+            self.emit(FaultEnded(time.monotonic(), member.node, fault["id"], PAUSE))
 
     # -- the run
 
@@ -392,14 +449,20 @@ class Soak:
             if now - asked_s < 2.0:
                 continue
             asked_s = now
-            if not self.owing and all(member.state == "up" for member in self.members) and self.is_empty():
+            is_calm = not self.owing and all(member.state == "up" for member in self.members)
+            if is_calm and self.is_healed and self.is_empty():
                 break
+            if is_calm and not self.is_healed:
+                self.probe()
+                for member in self.members:
+                    member.survey = None
             for member in self.members:
                 member.tell(survey=True)
         for member in self.members:
             if member.survey:
                 tables = tuple((name, count) for name, count in member.survey.items() if name != "overdue")
-                self.emit(Surveyed(time.monotonic(), member.node, tables, (), member.survey["overdue"]))
+                gauges = tuple(member.gauges.items())
+                self.emit(Surveyed(time.monotonic(), member.node, tables, gauges, member.survey["overdue"]))
         self.tell_judge(finish=True)
         with contextlib.suppress(RuntimeError):
             self.wait(lambda: "finished" in self.verdict_of_judge, QUIET_LIMIT_S, "the judge did not finish")
@@ -469,11 +532,12 @@ def main(argv: list[str]) -> int:
     given = _parser().parse_args(argv)
     for path in filter(None, (given.out, given.figure)):
         check_path(path, given.figure)
-    with running(Plan(given.requests, given.seed, not given.no_faults)) as soak:
+    with running(Plan(given.requests, given.seed, not given.no_faults, given.router_tells)) as soak:
         soak.run(lambda line: print(line, file=sys.stderr, flush=True))
         found = verdict(soak)
     write(found, given.out, given.figure)
     print(found["line"])
+    print(f"had nothing to judge: {', '.join(found['judge']['idle']) or 'none'}")
     for problem in found["problems"]:
         print(f"  {problem}")
     return HOLDS if found["holds"] else VIOLATED
@@ -484,6 +548,10 @@ def _parser() -> Parser:
     parser.add_argument("--requests", type=counted, default=100_000, metavar="N", help="how many requests (100,000)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws aborts, faults and routes (0)")
     parser.add_argument("--no-faults", action="store_true", help="aborts only: no process is stopped or killed")
+    parser.add_argument(
+        "--router-tells", choices=("deaths", "failures"), default="deaths",
+        help="what the router tells the other side: that a process was killed (deaths), or of every failure",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="write the figures to FILE, as JSON")
     parser.add_argument("--figure", metavar="FILE", help="draw memory, rate and faults over time (.png, .svg, .pdf)")
     return parser

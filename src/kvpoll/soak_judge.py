@@ -31,8 +31,17 @@ from kvpoll.spec.invariants import Bounds, Watch
 from kvpoll.spec.trace import (
     EVENTS,
     Addressed,
+    Committed,
+    Computed,
+    Decided,
+    Healed,
+    HealthReported,
     NodeStarted,
+    Requested,
+    Resulted,
+    Stalled,
     Stream,
+    Surveyed,
     TraceError,
     WriteLanded,
     WritePosted,
@@ -46,6 +55,12 @@ TOLD_S: Final = 1.0
 READ_BYTES: Final = 1 << 18
 PIPE_BYTES: Final = 1 << 20
 WRITES_A_LIFE: Final = 10**9
+
+NEEDS: Final[dict[str, type[Any]]] = {
+    "S1": WritePosted, "S5": Committed, "S6": Addressed, "S7": Decided, "S9": Resulted, "S11": Computed, "L4": Healed,
+    "L5": Surveyed, "L6": Stalled, "R1": Surveyed, "R3": Requested, "O1": Surveyed, "O2": HealthReported,
+}  # fmt: skip
+"""Events without which an invariant has nothing to judge. The others judge steps, and what must not be there at all."""
 
 
 class Source:
@@ -79,6 +94,7 @@ class Judge:
         self.sources: dict[str, Source] = {}
         self.selector = selectors.DefaultSelector()
         self.judged = self.late = 0
+        self._seen: set[type[Any]] = set()
         self._unheard = [f'"event":"{name}"'.encode() for name, cls in EVENTS.items() if not self.stream.wants(cls)]
         self._heap: list[Due] = []
         self._order = itertools.count()
@@ -142,6 +158,7 @@ class Judge:
             elif isinstance(event, Addressed):
                 event = event._replace(current_epoch=self._engines.get(engine_of(event.peer), event.current_epoch))
             watch.advance(t)
+            self._seen.add(type(event))
             emit(event)
             self.judged += 1
 
@@ -151,6 +168,7 @@ class Judge:
         return {
             **process_stats(), "judged": self.judged, "late": self.late, "waiting": len(self._heap),
             "counts": self.watch.counts, "violated": told,
+            "idle": sorted(name for name, event_type in NEEDS.items() if event_type not in self._seen),
         }  # fmt: skip
 
     def finish(self) -> None:

@@ -5,12 +5,14 @@
 
 CONFIG is JSON: bootstrap (prefill's), name (decode's), epoch, rules, trace (a path), seed. Orders come as lines of
 JSON: ``{"admit": [[room, attempt, bootstrap], ...]}``, ``{"abort": [[room, attempt], ...]}`` and ``{"survey": true}``;
-the end of the input ends it. It says ``{"ready": NODE, "origin": S}``, then ``{"failed": [[room, attempt], ...]}`` at
-once and ``{"over": [[room, attempt, outcome], ...]}`` when the pages are free too, every second ``{"stats": {...}}``,
-and ``{"survey": {...}}`` where it was asked.
+the end of the input ends it. It says ``{"ready": NODE, "origin": S}``, then at once ``{"failed": [[room, attempt,
+cause], ...]}`` and ``{"over": [[room, attempt, outcome], ...]}`` when the pages are free too, every second ``{"stats":
+{...}}``, and ``{"survey": {...}, "gauges": {...}}`` where it was asked. A server says ``{"listed": N}``: ranks in its
+table.
 
 What an engine does to a request, and when, follows from the seed and the room alone, so both sides know it. Prefill
-fills the pages with words that say whose they are; decode compares every byte on arrival. When decode gets pages back
+fills the pages with words that say whose they are; decode compares every byte on arrival, and says in its trace what it
+found (S5). When decode gets pages back
 it notes what is in them, and compares again before it gives them to the next request: a byte that changed meanwhile
 was written by somebody who had no right to.
 """
@@ -38,6 +40,8 @@ from kvpoll.runtime.bootstrap import BootstrapServer
 from kvpoll.runtime.endpoint import DecodeEndpoint, Endpoint, KVPoll, PrefillEndpoint, Settings, TransferError
 from kvpoll.runtime.pools.layout import Layout
 from kvpoll.spec.protocol import load
+from kvpoll.spec.trace import Committed, PageTag
+from kvpoll.spec.vocabulary import Incarnation
 
 SLOTS: Final = 192
 PAGES_EACH: Final = 4
@@ -46,17 +50,21 @@ LAYOUT: Final = Layout((0, 1), pages=SLOTS * PAGES_EACH, page_tokens=1, heads=1,
 REQUEST_BYTES: Final = PAGES_EACH * PAGE_BYTES * len(LAYOUT.planes)
 TICK_S: Final = 0.02
 STATS_S: Final = 1.0
+LISTED_S: Final = 0.1
 ABORT_SHARE: Final = 0.04
 """Of the requests, so many are given up by prefill, as many by decode, and as many by their client on both."""
 
 MOMENTS: Final = {
     "client": ("admitted", "later"),
-    "prefill": ("waiting", "sending"),
-    "decode": ("waiting", "published"),
+    "prefill": ("admitted", "waiting", "sending"),
+    "decode": ("admitted", "waiting", "published"),
 }
-"""When a request is given up. A client's abort is brought to both sides by the router, as it is with SGLang: decode
-cannot tell a prefill rank that it has not found yet.
+"""When a request is given up. A client's abort is brought to both sides by the router; what a side does, it must tell
+the other itself, even where it has not found it yet.
 """
+
+GAUGES: Final = ("kvpoll_transfers_live", "kvpoll_pages_quarantined", "kvpoll_writes_unsettled", "kvpoll_rooms")
+"""Of ``/metrics``, what an idle endpoint may not show (O1)."""
 
 _MIX: Final = 0x9E3779B97F4A7C15
 _WORD: Final = (1 << 64) - 1
@@ -108,13 +116,12 @@ class Pages:
         for place, words in enumerate(self._words[slot]):
             words[:] = (word + place * _MIX) & _WORD
 
-    def is_of(self, slot: int, room: int, attempt: int) -> bool:
-        """Is every byte what ``fill`` wrote?"""
-        word = self._first(room, attempt)
-        return all(
-            bool((words == np.uint64((word + place * _MIX) & _WORD)).all())
-            for place, words in enumerate(self._words[slot])
-        )
+    def found(self, slot: int, room: int, attempt: int) -> list[bool]:
+        """For each page of a slot, in all planes: is every byte what ``fill`` wrote?"""
+        word, is_right = self._first(room, attempt), [True] * PAGES_EACH
+        for place, words in enumerate(self._words[slot]):
+            is_right[place % PAGES_EACH] &= bool((words == np.uint64((word + place * _MIX) & _WORD)).all())
+        return is_right
 
     def note(self, slot: int) -> None:
         """Remember what is in a slot that nobody owns."""
@@ -159,7 +166,7 @@ class Engine:
         self.pages = Pages(self.endpoint)
         self.counts: Counter[str] = Counter()
         self.over: deque[tuple[int, int, str]] = deque()
-        self.failed: deque[tuple[int, int]] = deque()
+        self.failed: deque[tuple[int, int, str]] = deque()
         self.surveys: deque[dict[str, Any]] = deque()
         self._free = deque(range(SLOTS))
         self._live: dict[tuple[int, int], Request] = {}
@@ -194,7 +201,7 @@ class Engine:
             return
         transfer.on_pages_free = lambda transfer: self._look(request)
         transfer.on_poll = lambda transfer, poll: self._moved(request, poll)
-        if request.fate.client == "admitted":
+        if "admitted" in (request.fate.client, getattr(request.fate, self.side)):
             transfer.abort("soak")
         elif request.fate.client == "later":
             heapq.heappush(self._later, (time.monotonic() + request.fate.later_s, id(request), request))
@@ -245,18 +252,29 @@ class Engine:
         transfer = request.transfer
         if poll == KVPoll.Success and self.side == "decode":
             self.counts["compared"] += 1
-            is_right = self.pages.is_of(request.slot, *request.pair) and transfer.aux() is not None
-            request.outcome = "ok" if is_right else "corrupt"
+            pages = self.pages.found(request.slot, *request.pair)
+            self._tell_found(request, pages)
+            request.outcome = "ok" if all(pages) and transfer.aux() is not None else "corrupt"
             with contextlib.suppress(TransferError):  # given up in the moment before: then release gives it up
                 transfer.commit()
         elif poll == KVPoll.Success:
             request.outcome = "ok"
         else:
             request.outcome = (transfer.failure or "failed").partition(":")[0]
-            self.failed.append(request.pair)
+            self.failed.append((*request.pair, request.outcome))
         request.is_released = True
         transfer.release()
         self._look(request)
+
+    def _tell_found(self, request: Request, pages: list[bool]) -> None:
+        """S5 judges what is in the memory. The endpoint's own event of the commit cannot say it: no engine tells it."""
+        endpoint, source = self.endpoint, request.bootstrap
+        contents = tuple(
+            {source: PageTag(request.pair, source, part, 0)} if is_right else {} for part, is_right in enumerate(pages)
+        )
+        row = request.pair if request.transfer.aux() is not None else None
+        own = Incarnation(*request.pair, endpoint.epoch)
+        endpoint.host.emit(Committed(endpoint.host.now, endpoint.node, own, (source,), contents, row))
 
     def _look(self, request: Request) -> None:
         """Over is what was released and whose pages are free."""
@@ -292,7 +310,12 @@ class Engine:
 
     def look_around(self) -> None:
         """Have ``survey`` and ``stats`` told. In the endpoint's thread, whose tables they are."""
-        self.surveys.append({"survey": self.survey(), "stats": self.stats()})
+        self.surveys.append({"survey": self.survey(), "gauges": self.gauges(), "stats": self.stats()})
+
+    def gauges(self) -> dict[str, float | None]:
+        """What ``/metrics`` says."""
+        registry, node = self.endpoint.metrics.registry, self.endpoint.node
+        return {name: registry.get_sample_value(name, {"node": node}) for name in GAUGES}
 
     def survey(self) -> dict[str, int]:
         """What a process that has nothing to do may not have."""
@@ -366,8 +389,11 @@ def serve_bootstrap(port: int) -> None:
     server = BootstrapServer(protocol, protocol.profile("reference"), port=port)
     server.start()
     say(ready=server.address, origin=0.0)
-    kept, told_s = bytearray(), 0.0
-    while (given := orders(STATS_S, kept)) is not None:
+    kept, told_s, listed = bytearray(), 0.0, 0
+    while (given := orders(LISTED_S, kept)) is not None:
+        if len(server.table) != listed:
+            listed = len(server.table)
+            say(listed=listed)
         if given or time.monotonic() - told_s > STATS_S:
             told_s = time.monotonic()
             say(stats=process_stats(), **({"survey": {}} if any("survey" in order for order in given) else {}))

@@ -24,6 +24,9 @@ OPENED_MAX: Final = 4
 
 SAMPLES_KEPT: Final = 240
 
+JUDGED: Final = ("judged", "late", "counts", "violated", "idle", "finished")
+"""What the judge's last words are kept of."""
+
 
 def verdict(soak: Soak) -> dict[str, Any]:
     """All figures, "holds", and the one "line"."""
@@ -36,11 +39,12 @@ def verdict(soak: Soak) -> dict[str, Any]:
         "requests": soak.over, "asked_for": soak.plan.requests, "seed": soak.plan.seed,
         "traffic_s": round(soak.traffic_s, 1), "per_s": round(soak.over / soak.traffic_s, 1),
         "outcomes": dict(soak.outcomes.most_common()), "counts": dict(totals),
-        "told_by_router": soak.told_by_router,
+        "router_tells": soak.plan.router_tells, "told_by_router": dict(soak.told_by_router),
+        "probes": dict(soak.probed),
         "bytes_verified": soak.outcomes["ok"] * REQUEST_BYTES,
         "faults": dict(Counter(f"{fault['deed']} {fault['whom']}" for fault in soak.faults)),
         "lives": {member.name: member.lives for member in soak.members},
-        "judge": {key: soak.verdict_of_judge.get(key) for key in ("judged", "late", "counts", "violated", "finished")},
+        "judge": {key: soak.verdict_of_judge.get(key) for key in JUDGED},
         "left": {m.name: left(m.survey) for m in soak.members},
         "ends": {m.name: ends(m) for m in soak.members}, "memory": memory, "unexpected": soak.unexpected,
         "load": os.getloadavg(), "machine": machine(), "samples": thinned(soak.samples), "strikes": soak.faults,
@@ -119,6 +123,8 @@ def problems(soak: Soak, found: dict[str, Any]) -> list[str]:
     said += [f"{key} ({count})" for key, count in found["counts"].items() if key.startswith("refused")]
     said += [f"{name} still has {left}" for name, left in found["left"].items() if left]
     said += [f"{len(soak.owing)} requests never ended"] if soak.owing else []
+    said += [] if soak.is_healed else ["the faults never came to an end"]
+    said += [f"{count} probes: {outcome}" for outcome, count in soak.probed.items() if outcome != "ok"]
     said += [
         f"{name} grew by {each['growth']:.1%}" for name, each in found["memory"].items() if each["growth"] > GROWTH_MAX
     ]

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from kvpoll.bench_handshakes import Drive, HandshakeFailed, Side
 from kvpoll.bench_transfers import measured
 from kvpoll.cli import main
 from kvpoll.soak_judge import Judge
-from kvpoll.soak_process import Engine, fate, process_stats
+from kvpoll.soak_process import Engine, Request, fate, process_stats
+from kvpoll.spec.invariants import judge as judge_trace
 from kvpoll.spec.protocol import load
-from kvpoll.spec.trace import NodeStarted, NodeStopped, Reserved, WritePosted, encode
+from kvpoll.spec.trace import Committed, Healed, NodeStarted, NodeStopped, Reserved, Surveyed, WritePosted, encode
 from kvpoll.spec.vocabulary import Incarnation
 
 LIMIT_S = 30.0
@@ -195,6 +197,14 @@ def test_writes_of_two_lives_have_numbers_of_their_own(judge: Judge, tmp_path: P
     assert len(set(seen)) == 2
 
 
+def test_the_judge_says_what_had_nothing_to_judge(judge: Judge) -> None:
+    judge.add(Healed(1.0, "R"))
+    judge.add(Surveyed(2.0, "d", (("rooms", 0),), (("kvpoll_rooms", 0.0),), 0))
+    judge.finish()
+    idle = judge.report()["idle"]
+    assert {"S7", "O2", "L6", "S5", "S9"} <= set(idle) and not {"L4", "L5", "R1", "O1"} & set(idle)
+
+
 # -- the soak's engine and verdict
 
 
@@ -202,6 +212,7 @@ def test_a_request_has_the_same_fate_on_both_sides_and_many_have_none() -> None:
     fates = [fate(0, room, 0) for room in range(1, 500)]
     assert fates == [fate(0, room, 0) for room in range(1, 500)]
     assert {each.client for each in fates} == {None, "admitted", "later"}
+    assert {each.decode for each in fates} == {None, "admitted", "waiting", "published"}
     assert sum((each.client, each.prefill, each.decode) == (None, None, None) for each in fates) > 350
     assert fates != [fate(1, room, 0) for room in range(1, 500)]
 
@@ -211,11 +222,22 @@ def test_decode_finds_a_wrong_byte_and_a_byte_written_to_free_pages() -> None:
     try:
         pages = engine.pages
         pages.fill(3, room=7, attempt=0)
-        assert pages.is_of(3, 7, 0) and not pages.is_of(3, 7, 1) and not pages.is_of(4, 7, 0)
+        assert all(pages.found(3, 7, 0)) and not any(pages.found(3, 7, 1)) and not any(pages.found(4, 7, 0))
         pages.note(3)
         view = engine.endpoint.pool.page_view(1, "v", 3 * 4 + 3)
         view[255] ^= 1
-        assert not pages.is_of(3, 7, 0)
+        assert pages.found(3, 7, 0) == [True, True, True, False]
+        heard: list[Committed] = []
+        engine.endpoint.host.stream.subscribe(Committed, heard.append)
+        request = Request((7, 0), "P0", fate(0, 7, 0))
+        request.transfer = SimpleNamespace(aux=lambda: None)
+        engine._tell_found(request, pages.found(3, 7, 0))
+        (event,) = heard
+        assert [sorted(page) for page in event.contents] == [["P0"], ["P0"], ["P0"], []]
+        assert event.row_pair is None
+        assert [v.text for v in judge_trace([event], load().bounds, ["S5"]).violations] == [
+            "page 3, component P0: expected room 7 (attempt 0), found nothing"
+        ]
         assert not pages.is_untouched(3)
     finally:
         engine.endpoint.close()
@@ -278,6 +300,8 @@ def test_a_small_soak_loses_a_process_and_comes_to_a_verdict(monkeypatch: pytest
     assert found["holds"], found["problems"]
     assert found["lives"]["decode1"] == 2 and found["requests"] == 400
     assert found["judge"]["judged"] > 400 and found["outcomes"]["ok"] > 200
+    assert found["probes"] == {"ok": soak.PROBES} and found["judge"]["idle"] == ["L6", "O2", "S7"]
+    assert found["told_by_router"].keys() <= {"killed"}
     assert json.loads((tmp_path / "soak.json").read_text())["line"] == found["line"]
     assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
 
