@@ -32,6 +32,9 @@ from kvpoll.spec.source import BadInput
 PARTS: Final = ("step", "room", "simulation", "explore", "runtime")
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- figures: written by kvpoll bench --docs -->", "<!-- end of figures -->"
+RUNTIME_BEGIN, RUNTIME_END = (
+    "<!-- figures of the runtime: written by kvpoll bench runtime --docs -->", "<!-- end of figures of the runtime -->"
+)  # fmt: skip
 OURS: Final = "kvpoll"
 
 Result = dict[str, Any]
@@ -56,8 +59,9 @@ def main(argv: Sequence[str]) -> int:
         return int(import_module("kvpoll.soak").main(list(argv[1:])))
     given = _parser().parse_args(list(argv))
     given.only = given.only or given.part
-    if given.docs and given.only:
-        raise BadInput(f"--docs needs every figure, and --only {given.only} leaves some out: leave out one of them")
+    if given.docs and given.only not in (None, "runtime"):
+        told = f"--docs needs every figure, and --only {given.only} leaves some out"
+        raise BadInput(f"{told}: leave out one of them; the runtime has a table of its own, so `runtime --docs` works")
     screen = Screen()
     with screen.status("measuring") as tell:
         result = measure(load(), (given.only,) if given.only else PARTS, given.rounds, given.trace, tell)
@@ -82,7 +86,7 @@ def _parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser.add_argument("--out", metavar="FILE", help="also write the figures to FILE, as JSON")
     parser.add_argument(
-        "--docs", metavar="FILE", nargs="?", const=str(PAGE), help="also rewrite the table in docs/benchmarks.md"
+        "--docs", metavar="FILE", nargs="?", const=str(PAGE), help="also rewrite the tables in docs/benchmarks.md"
     )
     parser.add_argument("--trace", metavar="FILE", help="a recorded workload in the Mooncake format (JSON lines)")
     parser.add_argument("--rounds", metavar="N", type=counted, default=3, help="each figure is a median of N (3)")
@@ -220,7 +224,7 @@ def violations(result: Result) -> list[str]:
 
 
 def rows(result: Result) -> list[Row]:
-    """The table, on the screen and in docs/benchmarks.md."""
+    """The table, on the screen and (without the runtime, which has its own there) in docs/benchmarks.md."""
     found = list(_step_rows(result["step"])) if "step" in result else []
     found += _room_rows(result["room"]) if "room" in result else []
     for name, job in result.get("simulation", {}).items():
@@ -298,29 +302,51 @@ def machine_line(facts: Result) -> str:
 
 
 def page_table(result: Result) -> str:
-    """The part of docs/benchmarks.md that is written from figures."""
-    lines = ["| figure | measured | bar | beside kvpoll |", "|---|---:|---|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(result)]
+    """The part of docs/benchmarks.md that is written from figures of one process."""
     workload = f"the recorded trace {result['trace']}" if result["trace"] else "the synthetic workload"
     said = f"Medians of {result['rounds']} rounds, {workload}, {machine_line(result['machine'])}."
-    return "\n".join([*lines, "", said])
+    return _page_rows(_of_one_process(result), "beside kvpoll") + said
 
 
-def with_table(page: str, result: Result, where: str) -> str:
-    """A page with its table replaced. Raises BadInput when the page has no place for one."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise BadInput(f"{where}: has no place for the table; put the lines {BEGIN!r} and {END!r} around it")
-    return f"{before}{begin}\n\n{page_table(result)}\n\n{end}{after}"
+def runtime_table(result: Result) -> str:
+    """The part that is written from figures of the runtime."""
+    facts = result["machine"]
+    said = f"Medians of {result['rounds']} rounds, {facts['processor']} ({facts['cores']} cores), {facts['python']}."
+    return _page_rows({"runtime": result["runtime"]}, "beside") + said
+
+
+def _of_one_process(result: Result) -> Result:
+    return {part: figures for part, figures in result.items() if part != "runtime"}
+
+
+def _page_rows(result: Result, last: str) -> str:
+    lines = [f"| figure | measured | bar | {last} |", "|---|---:|---|---|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(result)), "", ""])
+
+
+def with_tables(page: str, result: Result, where: str) -> str:
+    """A page with the tables replaced for which there are figures. Raises BadInput when it has no place for one."""
+    if rows(_of_one_process(result)):
+        page = _with(page, BEGIN, END, page_table(result), where)
+    if "runtime" in result:
+        page = _with(page, RUNTIME_BEGIN, RUNTIME_END, runtime_table(result), where)
+    return page
+
+
+def _with(page: str, begin: str, end: str, table: str, where: str) -> str:
+    before, found_begin, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise BadInput(f"{where}: has no place for the table; put the lines {begin!r} and {end!r} around it")
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
 
 
 def write_page(path: Path, result: Result) -> None:
-    """Rewrite the table of a page. Raises BadInput."""
+    """Rewrite the tables of a page. Raises BadInput."""
     try:
         page = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}; --docs FILE names another page") from None
-    text = with_table(page, result, str(path))
+    text = with_tables(page, result, str(path))
     with open_to_write(path) as file:
         file.write(text)

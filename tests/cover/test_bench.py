@@ -301,7 +301,7 @@ def test_the_table_of_a_page_is_rewritten_and_nothing_else(
 
 def test_a_page_without_a_place_for_the_table_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"page\.md: has no place for the table"):
-        bench.with_table("no marks", result(), "page.md")
+        bench.with_tables("no marks", result(), "page.md")
     with pytest.raises(BadInput, match=r"gone\.md: cannot be read"):
         bench.write_page(tmp_path / "gone.md", result())
 
@@ -311,4 +311,4 @@ def test_the_page_shows_the_committed_figures() -> None:
     figures = json.loads((HOUSE / "reports" / "bench.json").read_text(encoding="utf-8"))
     page = bench.PAGE.read_text(encoding="utf-8")
     assert figures["simulation"].keys() == {"1P1D", "2P2D"}
-    assert bench.with_table(page, figures, "docs/benchmarks.md") == page
+    assert bench.with_tables(page, figures, "docs/benchmarks.md") == page

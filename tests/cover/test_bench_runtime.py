@@ -329,8 +329,19 @@ def test_the_figures_of_the_runtime_on_the_page_are_those_that_are_committed() -
     """`kvpoll bench runtime --out reports/bench-runtime.json` wrote them; the page repeats them."""
     found = json.loads((PAGE.parents[1] / "reports" / "bench-runtime.json").read_text(encoding="utf-8"))
     page = PAGE.read_text(encoding="utf-8")
-    missing = [row for row in bench.rows(found) if "| " + " | ".join(row) + " |" not in page]
-    assert bench.rows(found) and not missing
+    assert bench.with_tables(page, found, "docs/benchmarks.md") == page
+
+
+def test_the_page_has_the_figures_of_the_runtime_once() -> None:
+    """With every figure measured, the table of one process had the runtime's rows as well."""
+    found = {"rounds": 3, "trace": None, "machine": bench.machine(), "runtime": figures()}
+    page = f"{bench.BEGIN}\n{bench.END}\n{bench.RUNTIME_BEGIN}\n{bench.RUNTIME_END}\n"
+    alone = bench.with_tables(page, found, "page.md")
+    assert alone.count("| handshakes, one process, 32 at once |") == 1
+    assert alone.startswith(f"{bench.BEGIN}\n{bench.END}\n"), "no figure of the other table was measured"
+    both = bench.with_tables(page, {**found, "idle": {"events_an_hour": 0}}, "page.md")
+    assert both.count("| handshakes, one process, 32 at once |") == 1
+    assert "an idle hour" in both.partition(bench.END)[0]
 
 
 def test_the_committed_soak_is_whole_and_the_page_says_what_it_said() -> None:
