@@ -28,31 +28,46 @@ from kvpoll.spec.trace import (
 from kvpoll.statemachine.ranks.host import engine_of
 
 
+class Whole:
+    """What only the whole can say, put right event by event: ``numbered`` as each trace is read, ``right`` in order."""
+
+    def __init__(self) -> None:
+        self._lives: dict[str, int] = {}
+        self._serials: dict[tuple[str, str, int], int] = {}
+        self._writes: dict[tuple[Path, int], int] = {}
+
+    def numbered(self, path: Path, event: Any) -> Any:
+        """An event of one life of one process, whose writes get numbers that no other life has used."""
+        if isinstance(event, WritePosted | WriteLanded | WriteSettled):
+            return event._replace(write=self._writes.setdefault((path, event.write), len(self._writes) + 1))
+        return event
+
+    def right(self, event: Any) -> Any:
+        """The next event of all."""
+        if isinstance(event, NodeStarted):
+            self._lives[engine_of(event.node)] = event.epoch
+        elif isinstance(event, Addressed):
+            return event._replace(current_epoch=self._lives.get(engine_of(event.peer), event.current_epoch))
+        elif isinstance(event, Sent):
+            return self._serial(event, (event.node, event.to, event.serial))
+        elif isinstance(event, Delivered | Lost):
+            return self._serial(event, (event.sender, event.node, event.serial))
+        return event
+
+    def _serial(self, event: Any, channel: tuple[str, str, int]) -> Any:
+        return event._replace(serial=self._serials.setdefault(channel, len(self._serials)))
+
+
 def merged(paths: Sequence[Path]) -> Iterator[Any]:
     """The events of all traces in order of time. Raises TraceError for a line that is none, unless it was cut."""
-    lives: dict[str, int] = {}
-    serials: dict[tuple[str, str, int], int] = {}
-    writes: dict[tuple[Path, int], int] = {}
-    for event in heapq.merge(*(_numbered(path, writes) for path in paths), key=lambda event: event.t):
-        if isinstance(event, NodeStarted):
-            lives[engine_of(event.node)] = event.epoch
-        elif isinstance(event, Addressed):
-            event = event._replace(current_epoch=lives.get(engine_of(event.peer), event.current_epoch))
-        elif isinstance(event, Sent):
-            channel = (event.node, event.to, event.serial)
-            event = event._replace(serial=serials.setdefault(channel, len(serials)))
-        elif isinstance(event, Delivered | Lost):
-            channel = (event.sender, event.node, event.serial)
-            event = event._replace(serial=serials.setdefault(channel, len(serials)))
-        yield event
+    whole = Whole()
+    for event in heapq.merge(*(_numbered(path, whole) for path in paths), key=lambda event: event.t):
+        yield whole.right(event)
 
 
-def _numbered(path: Path, writes: dict[tuple[Path, int], int]) -> Iterator[Any]:
-    """The events of one life of one process, whose writes get numbers that no other life has used."""
+def _numbered(path: Path, whole: Whole) -> Iterator[Any]:
     for event in _events(path):
-        if isinstance(event, WritePosted | WriteLanded | WriteSettled):
-            event = event._replace(write=writes.setdefault((path, event.write), len(writes) + 1))
-        yield event
+        yield whole.numbered(path, event)
 
 
 def _events(path: Path) -> Iterable[Any]:

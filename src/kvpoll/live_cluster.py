@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any, Final, Literal, NamedTuple
 
+from kvpoll.live_judge import LAG_S, LiveJudge
 from kvpoll.runtime.cluster.launcher import Child, Launcher, Plan, RealEngine, RealServer
 from kvpoll.runtime.pools.layout import Layout
 from kvpoll.runtime.pools.plan import share
@@ -32,7 +33,7 @@ from kvpoll.spec.trace import (
     WritePosted,
     WriteSettled,
 )
-from kvpoll.staging import RealCluster, Verdict, judge
+from kvpoll.staging import RealCluster, Verdict, judge, patient
 from kvpoll.statemachine.ranks.engine import decode_timers, prefill_timers
 from kvpoll.statemachine.ranks.host import engine_of
 
@@ -47,6 +48,7 @@ PROBE_S: Final = 6.0
 QUICK_S: Final = 0.2
 RATE_WINDOW_S: Final = 2.0
 SAMPLE_S: Final = 0.25
+JUDGE_S: Final = 0.25
 FOR_EVER_S: Final = 1e9
 LOG_MAX: Final = 200
 
@@ -90,7 +92,10 @@ class Line(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """How the cluster stands. t: seconds of its time; ending: seconds of load in all. told: (t, what happened)."""
+    """How the cluster stands. t: seconds of its time; ending: seconds of load in all. told: (t, what happened).
+
+    violated: how often each invariant was seen broken so far. The verdict may say more: it sees everything.
+    """
 
     t: float
     phase: str
@@ -101,6 +106,7 @@ class Snapshot(NamedTuple):
     causes: dict[str, int]
     lines: list[Line]
     told: list[tuple[float, str]]
+    violated: dict[str, int]
 
 
 class Moved(NamedTuple):
@@ -145,6 +151,8 @@ class LiveCluster:
         self._back: set[tuple[str, int]] = set()
         self._serial = 0
         self._noticed = 0
+        self._judge = LiveJudge(patient(protocol.bounds, self.launcher.loop.speed))
+        self._judged_s = 0.0
         self._meters: dict[str, _Meter] = {child.node: _Meter() for child in self.launcher.children()}
 
     # -- the play
@@ -187,7 +195,20 @@ class LiveCluster:
         while launcher.now < t and not enough():
             launcher.run_until(min(t, launcher.now + 0.05 * launcher.loop.speed))
             self._notice()
+            self._judge_so_far()
             look()
+
+    def _judge_so_far(self) -> None:
+        """What is found is told at once, the first of each invariant."""
+        launcher, wall_s = self.launcher, time.monotonic()
+        if wall_s - self._judged_s < JUDGE_S:
+            return
+        self._judged_s = wall_s
+        known = set(self._judge.watch.counts)
+        for violated in self._judge.look(launcher.traces, launcher.now - LAG_S * launcher.loop.speed):
+            if violated.invariant not in known:
+                known.add(violated.invariant)
+                self.tell(f"violated: {violated.invariant} at {violated.t:.1f} s on {violated.node}: {violated.text}")
 
     def _submit(self, rid: str, arrival: Arrival) -> None:
         if not self.is_ending:
@@ -341,7 +362,7 @@ class LiveCluster:
         return Snapshot(
             max(launcher.now, 0.0), self.phase, self.load_s, router.admitted, router.succeeded, len(router.active),
             dict(router.causes), [self._line(child, child.node in stopped) for child in launcher.children()],
-            list(self.told),
+            list(self.told), dict(self._judge.watch.counts),
         )  # fmt: skip
 
     def _line(self, child: Child, is_stopped: bool) -> Line:

@@ -61,6 +61,8 @@ def render(shot: Snapshot, profile: str, width: int) -> RenderableType:
     parts: list[RenderableType] = [_head(shot, profile), Padding(_table(shot.lines, width), (1, 0))]
     if shot.causes:
         parts.append(_causes(shot.causes))
+    if shot.violated:
+        parts.append(Text(_violated(shot.violated), style="bold red"))
     parts += [_event(t, text) for t, text in shot.told[-TOLD:]]
     return Group(*parts)
 
@@ -144,6 +146,10 @@ def _causes(causes: dict[str, int]) -> Text:
     )
 
 
+def _violated(counts: dict[str, int]) -> str:
+    return "violated so far: " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+
+
 def _event(t: float, text: str) -> Text:
     line = Text.assemble((f"{t:8.1f} s  ", "dim"), text)
     line.no_wrap, line.overflow = True, "ellipsis"
@@ -159,7 +165,7 @@ def plain(shot: Snapshot) -> str:
     return (
         f"{shot.t:6.1f} s  {shot.phase:<6}  {shot.requests:,} requests, {shot.succeeded:,} ok, {failed:,} failed, "
         f"{shot.active:,} under way  {gigabytes(sent_per_s(shot))} GB/s  {up}/{len(shot.lines)} up  "
-        f"queues {queues}  quarantined {quarantined:,}"
+        f"queues {queues}  quarantined {quarantined:,}" + (f"  {_violated(shot.violated)}" if shot.violated else "")
     )
 
 

@@ -171,7 +171,7 @@ SHOT = Snapshot(
         line("D1", polls={"Transferring": 4, "Failed": 1}, queues={"num_running_reqs": 9}, free=1, held=2,
              quarantined=5, size=8),
     ],
-    [(6.0, "D0 killed (SIGKILL), back after 2 s")],
+    [(6.0, "D0 killed (SIGKILL), back after 2 s")], {},
 )  # fmt: skip
 
 
@@ -196,6 +196,16 @@ def test_the_table_fits_a_usual_terminal_and_hides_nothing() -> None:
     text = "\n".join(lines)
     assert "40 requests: 30 ok, 5 failed, 5 under way" in text and "D0 killed (SIGKILL)" in text
     assert "first causes of failure: engine_crashed 3, connection_refused 2" in text
+
+
+def test_what_is_violated_is_shown_as_soon_as_it_is_seen() -> None:
+    assert not any("violated" in row for row in drawn(PICTURE_COLUMNS)) and "violated" not in plain(SHOT)
+    shot = SHOT._replace(violated={"S1": 3, "L2": 1200})
+    console = Console(width=PICTURE_COLUMNS, file=io.StringIO())
+    console.print(render(shot, "reference", PICTURE_COLUMNS))
+    assert isinstance(console.file, io.StringIO)
+    assert "violated so far: L2 1,200, S1 3" in console.file.getvalue()
+    assert plain(shot).endswith("violated so far: L2 1,200, S1 3")
 
 
 def test_a_narrow_terminal_gets_fewer_columns_and_whole_ones() -> None:
