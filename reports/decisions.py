@@ -51,6 +51,7 @@ QUESTIONS: Final = (
                 "and prefill keeps its aborts to itself", {**WAITS, "prefill_failure_notice": "transfer_errors_only"}
             ),
             Option("and an abort before its room is forgotten", {**WAITS, "early_abort": "forgotten"}),
+            Option("and decode tells only whom it has found", {**WAITS, "decode_failure_notice": "known_ranks"}),
         ),
     ),
     Question(

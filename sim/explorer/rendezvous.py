@@ -316,11 +316,14 @@ class _Builder:
         process = value.process if isinstance(value, Decode) else value
         if not isinstance(process, Process):
             return
+        # A tombstone is looked for until it is forgotten, and tombstones are not counted.
+        kept = {room.incarnation.room for room in process.rooms if room.local.poll != "Retired"}
+        finds = value.finds if isinstance(value, Decode) else ()
         tables = (
-            ("rooms", sum(room.local.poll != "Retired" for room in process.rooms)),
+            ("rooms", len(kept)),
             ("requests", len(process.entries)),
             ("timers", len(process.timers)),
-            ("finds", len(value.finds) if isinstance(value, Decode) else 0),
+            ("finds", sum(self.scene.own(find.rid).room in kept for find in finds)),
         )
         gauges: dict[str, float] = {}
         for entry in process.entries:

@@ -689,11 +689,12 @@ L6 == ~(IsBlocked /\ \E answer \in answers["D0"] : answer[1] = "GET /route" /\ a
 O2 == /\ server.registry.state = "Ready" => Cardinality(server.registry.ranks) = DpRanks
       /\ Rules.health = "process_alive" => \A node \in Nodes : registrations[node].registration.state # "Exhausted"
 
-\* R1: when all is over, nothing is left but tombstones.
+\* R1: when all is over, nothing is left but tombstones, and the search for the prefill ranks of such.
 IsEmpty(process) ==
   /\ process.entries = <<>> /\ process.timers = {}
   /\ \A room \in DOMAIN process.rooms : process.rooms[room].local.poll = "Retired"
-R1 == Resting => IsEmpty(decode) /\ decode.finds = <<>> /\ \A node \in Nodes : IsEmpty(prefill[node])
+IsFound == \A rid \in DOMAIN decode.finds : RoomAt(decode, Own(rid)[1]).local.poll = "Retired"
+R1 == Resting => IsEmpty(decode) /\ IsFound /\ \A node \in Nodes : IsEmpty(prefill[node])
 
 \* L1: every request that was dispatched is answered, and is live on neither side in the end.
 Ended(rid) == IsAnswered(rid) /\ ~IsLive(decode, rid) /\ \A node \in Nodes : ~IsLive(prefill[node], rid)

@@ -59,15 +59,15 @@ STATES = {
     ("bootstrap-late", "sglang-0.5.23"): 1110,
     ("bootstrap-late", "before-sglang-25125"): 452,
     ("bootstrap-late", "after-sglang-25125"): 1110,
-    ("dp-one-astray", "reference"): 6395,
+    ("dp-one-astray", "reference"): 6469,
     ("dp-one-astray", "sglang-0.5.23"): 3581,
     ("dp-one-astray", "before-sglang-22901"): 4599,
     ("dp-one-astray", "after-sglang-22901"): 7781,
-    ("dp-plain-replicas", "reference"): 1362,
+    ("dp-plain-replicas", "reference"): 1672,
     ("dp-plain-replicas", "sglang-0.5.23"): 1508,
     ("dp-plain-replicas", "after-sglang-22901"): 1823,
-    ("bootstrap-restart", "reference"): 86242,
-    ("dp-router-override", "reference"): 165517,
+    ("bootstrap-restart", "reference"): 113672,
+    ("dp-router-override", "reference"): 177375,
 }
 
 
@@ -152,6 +152,7 @@ SWITCHES = [
     ("bootstrap-late", "registration_watch", "none", None),
     ("bootstrap-late", "health", "process_alive", "O2"),
     ("bootstrap-restart", "http_calls", "blocking", "L6"),
+    ("bootstrap-restart", "endpoint_patience", "none", None),
     ("dp-one-astray", "dp_conflict", "unchecked", "S6"),
     ("dp-one-astray", "dp_lookup", "query", None),
     ("dp-plain-replicas", "dp_rank_notion", "attention", "L4"),

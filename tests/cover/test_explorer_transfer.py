@@ -46,8 +46,8 @@ def test_one_room_holds_under_reference_whatever_two_faults_there_are() -> None:
     report = explored("one-room", REFERENCE)
     assert (depths(report), report.unwitnessed) == ({}, [])
     assert report.safety.marks >= report.model.marks > {"late_landing", "pages_quarantined"}
-    assert numbers(report) == (59_301, 156_445, 24)
-    assert report.liveness is not None and report.liveness.states == 55_072
+    assert numbers(report) == (61_804, 162_897, 24)
+    assert report.liveness is not None and report.liveness.states == 57_603
     assert report.exercised >= {"S1", "S3", "S4", "S5", "S6", "S9", "L1", "R1", "R2", "O1"}
 
 
@@ -65,7 +65,7 @@ def test_one_room_under_sglang_breaks_these() -> None:
 def test_a_shared_room_holds_under_reference() -> None:
     report = explored("shared-room", REFERENCE, liveness=False)
     assert (depths(report), report.unwitnessed) == ({}, [])
-    assert numbers(report) == (162_758, 516_655, 34)
+    assert numbers(report) == (169_301, 538_812, 34)
 
 
 def test_a_shared_room_under_sglang_breaks_nearly_everything() -> None:
@@ -135,17 +135,18 @@ MATTERS = [
     ("one-room", "resend_on_reconnect", "no", "reference", 6),
     ("one-room", "deadline_clock", "wall", "reference", 4),
     ("one-room", "prefill_failure_notice", "transfer_errors_only", "reference", 7),
-    ("one-room", "router_join", "waits_for_both", "reference", 7),
+    ("one-room", "decode_failure_notice", "known_ranks", "reference", 4),
+    ("one-room", "router_join", "waits_for_both", "reference", 8),
     ("shared-room", "duplicate_room", "rejected", "sglang-0.5.23", 5),
     ("shared-room", "identity", "room", "reference", 6),
-    ("shared-room", "clear_leaves", "nothing", "reference", 6),
+    ("shared-room", "clear_leaves", "nothing", "reference", 5),
     ("shared-room", "illegal_fact", "fails_request", "sglang-0.5.23", 10),
     ("peer-restart", "liveness_probe", "server_health", "reference", 2),
     ("peer-restart", "route_cache", "by_address", "reference", 6),
     ("peer-restart", "identity", "room", "reference", 8),
     ("late-write", "release_requires_quiescence", "never", "reference", 10),
     ("late-write", "source_release", "proof", "sglang-0.5.23", 10),
-    ("two-rooms", "clear_leaves", "nothing", "reference", 7),
+    ("two-rooms", "clear_leaves", "nothing", "reference", 5),
     ("two-rooms", "early_destination", "opens_room", "reference", 6),
     ("two-rooms", "prefill_failure_notice", "transfer_errors_only", "reference", 7),
     ("two-rooms", "decode_bootstrap_deadline", "none", "reference", 3),

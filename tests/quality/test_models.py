@@ -22,7 +22,7 @@ STATES: dict[str, int] = {
     "dp-plain-replicas": 1_672,
     "dp-router-override": 177_375,
     "late-write": 1_557_729,
-    "notices": 2_946,
+    "notices": 6_794,
     "one-room": 61_804,
     "one-room-small": 3_890,
     "peer-restart": 11_498,
