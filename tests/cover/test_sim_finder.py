@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sim_stage import Played, Stage
+from sim_stage import Played, Stage, shape
 
 from kvpoll.sim.cluster import Cluster
+from kvpoll.sim.topology import Topology
 from kvpoll.spec.trace import Admitted, Answered, Requested, Resulted, Sent, Stepped
 from kvpoll.statemachine.routes import still_looks
 
@@ -141,6 +142,13 @@ def test_it_looks_no_longer_than_it_remembers_the_request() -> None:
     assert 3 + 20 - 2 <= last_t <= 3 + 20 + 1
     assert not any(still_looks(story.world.profile, room.local) for room in decode_rooms(story))
     assert decode_rooms(story) == []
+    assert is_at_rest(story)
+
+
+def is_at_rest(story: Story) -> bool:
+    """Does decode look for nobody any more?"""
+    (rank,) = story.plant.decode[0].ranks.values()
+    return not (rank.finder._asking or rank.finder._fetching or rank.finder._unanswered)
 
 
 def decode_rooms(story: Story) -> list[Any]:
@@ -203,3 +211,27 @@ def test_an_outage_delays_the_notice_and_no_longer(notice: str) -> None:
     assert ended == {first.pair: "aborted_by_decode" if notice == "looks_on" else "bootstrap_timeout"}
     assert [event.ok for event in run.of(Resulted) if event.pair == second.pair] == [True]
     assert ("L2" in run.outcome.violations) == (notice == "known_ranks")
+
+
+def test_a_dp_rank_that_the_server_never_learns_is_asked_for_no_longer_than_the_request_is_remembered() -> None:
+    """Five times a second for all such requests of a rank together, as while they are set up (R3)."""
+    story = Stage(Topology(prefill=shape(dp=2), load_balance="total_requests"), **ALONE)
+    plant = story.cluster()
+    server = plant.servers[0]
+    answer = server.request
+
+    def deaf(client: str, route: str, detail: Any, repeat: int, reply: Any) -> None:
+        if route != "POST /register_dp_rank":
+            answer(client, route, detail, repeat, reply)
+
+    server.request = deaf  # type: ignore[method-assign]
+    requests = [plant.router.submit(f"r{number}", 1000, 4) for number in range(30)]
+    story.until(3.0)
+    for request in requests:
+        plant.router.cancel(request, "decode", "test")
+    story.until(60.0)
+    asked = [event.t for event in story.of(Requested, node="D0", route="POST /query_dp_ranks")]
+    assert 3.0 + 20.0 - 1.0 < max(asked) < 3.0 + 20.0 + 1.0
+    assert "R3" not in story.world.watch.counts
+    (rank,) = plant.decode[0].ranks.values()
+    assert not rank.finder._unanswered
