@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvpoll.spec.protocol import Profile
+from kvpoll.spec.vocabulary import ROOMLESS_CAUSES
 
 if TYPE_CHECKING:
     from kvpoll.statemachine.machine import Local
@@ -33,11 +34,14 @@ def still_looks(profile: Profile, room: Local) -> bool:
     """Is it worth while to look for the prefill ranks of this room: to set it up, or to tell them that it has failed?
 
     A room that has failed is looked for until they are found, or until it is forgotten: at the end of its tombstone.
+    What the router has seen for itself (ROOMLESS_CAUSES) it tells both sides, or one of them is gone: then a search
+    would end at another life of prefill, which knows of no such request and would keep its abort for minutes (R2).
     """
     if room.poll == "Bootstrapping":
         return True
     has_failed = room.poll == "Failed" or (room.poll == "Retired" and room.cause is not None)
-    return has_failed and room.contacted == 0 and profile["decode_failure_notice"] == "looks_on"
+    looks_on = profile["decode_failure_notice"] == "looks_on" and room.cause not in ROOMLESS_CAUSES
+    return has_failed and room.contacted == 0 and looks_on
 
 
 MISMATCH = "mismatch"

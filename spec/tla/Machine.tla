@@ -112,11 +112,13 @@ Guard(name, s, detail) ==
 
 \* --------------------------------------------------------------------------------------------- updates
 
-\* Are the prefill ranks of this room still looked for, to set it up or to tell them that it has failed?
+\* Are the prefill ranks of this room still looked for, to set it up or to tell them that it has failed? What the router
+\* has seen for itself it tells both sides.
+SeenByRouter == {"engine_crashed", "connection_refused", "client_left", "room_in_use"}
 StillLooks(local) ==
   \/ local.poll = "Bootstrapping"
   \/ /\ local.poll = "Failed" \/ (local.poll = "Retired" /\ local.cause # "None")
-     /\ local.contacted = {}
+     /\ local.contacted = {} /\ local.cause \notin SeenByRouter
      /\ Rules.decode_failure_notice = "looks_on"
 
 \* The newest process of a rank retires the endpoint of its predecessor.

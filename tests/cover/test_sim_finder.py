@@ -156,6 +156,18 @@ def decode_rooms(story: Story) -> list[Any]:
     return list(rank.rooms.values())
 
 
+@pytest.mark.parametrize(("cause", "asks"), [("engine_crashed", False), ("client_left", False), ("test", True)])
+def test_what_the_router_has_seen_for_itself_it_tells_both_sides(cause: str, asks: bool) -> None:
+    """A search would end at prefill's next life, which would keep an abort of a request that never comes (R2)."""
+    story = Story(**ALONE)
+    request = story.plant.router.submit("r0", 1000, 4)
+    story.until(3.0)
+    story.plant.router.cancel(request, "decode", cause)
+    story.until(10.0)
+    assert (max(t for t, _ in story.asked()) > 5) == asks
+    assert is_at_rest(story) != asks
+
+
 def test_one_whose_patience_is_over_is_looked_for_all_the_same() -> None:
     """It has failed; its prefill rank has not, and is told when the server is back."""
     story = Story(**ALONE, topology_attempts=3)

@@ -25,7 +25,7 @@ STATES: dict[str, int] = {
     "notices": 6_794,
     "one-room": 61_804,
     "one-room-small": 3_890,
-    "peer-restart": 11_498,
+    "peer-restart": 11_548,
     "peer-restart-small": 9_175,
     "pipeline": 139_861,
     "pipeline-small": 4_861,

@@ -235,8 +235,10 @@ after_s = 0.1
 kind = "bootstrap_error"
 target = "B0"
 trigger = { event = "Answered", node = "D0", route = "GET /route", status = 200 }
-for_s = 5
+for_s = 50
 share = 1.0
+[timing]
+hostile_s = 60
 """,
     "the bootstrap server is late": ONE_REQUEST.replace("1.0", "15.0")
     + """
