@@ -174,14 +174,11 @@ class RoomMachine(Machine):
 
         Raises IllegalFact when the table forbids the fact in this state; the room is then as it was.
         """
-        return self.take(room, *fact)
-
-    def take(self, room: Room, kind: str, incarnation: Incarnation, detail: Any) -> tuple[Room, tuple[Action, ...]]:
-        """``step_room`` of a fact in its parts, for drivers that have no other use for it."""
+        kind, incarnation, detail = fact
         own, local = room
         if incarnation is not own and incarnation != own:
             if local.poll != "Absent" or (self._strict and incarnation.epoch != own.epoch):
-                return self._step_foreign(room, Fact(kind, incarnation, detail))
+                return self._step_foreign(room, fact)
             own = incarnation
         try:
             after, orders = self._memo[id(local)][kind, detail]

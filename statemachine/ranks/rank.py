@@ -8,7 +8,7 @@ from operator import itemgetter
 from typing import Any, Final
 
 from kvpoll.spec.trace import IllegalFactRaised, LoopStopped, Queued, Stepped, new_event
-from kvpoll.spec.vocabulary import Action, Incarnation
+from kvpoll.spec.vocabulary import Action, Fact, Incarnation
 from kvpoll.statemachine.agreement import Report, report_on
 from kvpoll.statemachine.conduct import believes_in_attempts, illegal_fact_stops
 from kvpoll.statemachine.machine import IllegalFact, Room, RoomMachine
@@ -133,7 +133,7 @@ class Rank:
         if room is None:
             room = self.machine.absent(Incarnation(number, 0, self.engine.epoch))
         try:
-            after, actions = self.machine.take(room, kind, incarnation, detail)
+            after, actions = self.machine.step_room(room, new_event(Fact, (kind, incarnation, detail)))
         except IllegalFact as error:
             self._illegal(error, incarnation)
             return False
