@@ -400,7 +400,7 @@ class Endpoint(Listener):
             transfer.give_back(keys)
             if transfer.poll() is KVPoll.Failed and keys and keys[0] >= 0:
                 self.log("released", pair, rid=transfer.rid, pages=len(keys))
-            if transfer.is_over:
+            if transfer.is_done:
                 self.transfers.pop(pair, None)
 
     def over(self, pair: tuple[int, int]) -> None:
@@ -408,7 +408,7 @@ class Endpoint(Listener):
         transfer = self.transfers.get(pair)
         if transfer is not None:
             transfer.finish()
-            if transfer.is_over:
+            if transfer.is_done:
                 self.transfers.pop(pair, None)
 
     def _violated(self, event: Violated) -> None:

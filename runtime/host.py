@@ -101,7 +101,6 @@ class Host:
         self.last_answer: str | None = None
         self.moment: Callable[..., None] = lambda event, **fields: None
         self.emitted: list[Callable[[Any], None]] = []
-        self.unsent = 0
         self.mla = mla
         self._token = token
         timely = profile.with_rules({"http_timeout_s": profile.number("http_timeout_s") / loop.speed})
@@ -229,7 +228,6 @@ class Host:
             self.emit(Sent(self.now, self.node, to, name, incarnation, serial))
             if not heard:
                 self.emit(Lost(self.now, to, self.node, name, incarnation, serial))
-        self.unsent += not heard
         return heard
 
     # -- messages from others

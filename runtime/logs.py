@@ -8,7 +8,8 @@ The logger is "kvpoll.runtime"; an engine that has its own handlers may use ``Js
 from ``record.kvpoll``. Every line has ``time`` (UTC), ``level``, ``event``, ``node``, ``epoch``; what concerns a
 request has ``room``, ``attempt``, ``rid``; what has failed has ``cause``, the first one. Events:
 
-    registering, registered, exhausted     a prefill rank at its bootstrap server
+    registering, registered, exhausted,    a prefill rank at its bootstrap server
+    leaving, left
     admitted, succeeded, failed            a transfer (succeeded at DEBUG: it is the rule)
     quarantined, released                  pages that were kept after a failure, and that they came back (``pages``)
     peer_suspected, link_restored          a peer does not answer, or answers again (``peer``)

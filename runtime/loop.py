@@ -167,7 +167,7 @@ class Loop:
             self._call(function, arguments)
         for prepare in self.before_wait:
             prepare()
-        self.plane.flush()
+        self._call(self.plane.flush, ())
         if not (self._soon or self._posted or self.stopped):
             due_s = (self._due[0][0] - self.now) / self.speed if self._due else wait_s
             if due_s > 0 and wait_s > 0:

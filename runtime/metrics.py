@@ -46,6 +46,10 @@ class Durations(Collector):
         self._counts[bisect_left(MILLISECONDS, milliseconds)] += 1
         self._sum_ms += milliseconds
 
+    def describe(self) -> Iterable[Metric]:
+        """Its names, for who asks by name (``/metrics?name[]=``)."""
+        return self.collect()
+
     def collect(self) -> Iterable[Metric]:
         """What the registry asks for."""
         family = HistogramMetricFamily(*self._about, labels=["node"])

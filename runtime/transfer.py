@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from kvpoll.runtime.pools import aux_row
@@ -106,6 +107,11 @@ class Transfer:
     @property
     def is_over(self) -> bool:
         """Released, with nothing held: the endpoint has forgotten it."""
+        return self._is_finished and self.endpoint.transfers.get(self.pair) is not self
+
+    @property
+    def is_done(self) -> bool:
+        """Released, and nothing is held any more: to be forgotten."""
         return self._is_finished and not self._held
 
     def wait(self, *polls: KVPoll, timeout_s: float) -> KVPoll:
@@ -306,7 +312,7 @@ class DecodeTransfer(Transfer):
         Raises TransferError: before WaitingForInput, a second time, after release; no pages; a page twice; a page or
         the row outside the pool, or held by another transfer; endpoint closed.
         """
-        given = tuple(map(int, pages))
+        given, row = tuple(map(int, pages)), index(row)
         if not given:
             raise TransferError(f"publish: no pages of {self.rid}; what decode has in its cache needs no transfer")
         with self._giving:

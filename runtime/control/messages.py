@@ -71,15 +71,20 @@ Endpoint = Annotated[str, Meta(max_length=270, pattern=ENDPOINT)]
 
 
 class MalformedMessage(Exception):
-    """Frames that are no message of ours. ``reason`` is one of ``REASONS``; ``envelope`` is set if it was readable, and
-    ``count`` says how many messages seem to be behind it.
+    """Frames that are no message of ours, or hold one that is none. ``reason`` is one of ``REASONS``. ``envelope`` is
+    set if it was readable, ``count`` says how many messages it covers, and ``readable`` which of them could be read,
+    each with its place.
     """
 
-    def __init__(self, reason: str, detail: str, envelope: Envelope | None = None, count: int = 1) -> None:
+    def __init__(
+        self, reason: str, detail: str, envelope: Envelope | None = None,
+        count: int = 1, readable: Sequence[tuple[int, Message]] = (),
+    ) -> None:  # fmt: skip
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.envelope = envelope
         self.count = max(1, count)
+        self.readable = readable
 
 
 class _Array(msgspec.Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -269,7 +274,9 @@ Messages = Annotated[tuple[Message, ...], Meta(min_length=1, max_length=FRAME_ME
 
 _decode: Final = msgspec.msgpack.Decoder(tuple[Envelope, Messages]).decode
 _decode_pair: Final = msgspec.msgpack.Decoder(tuple[Envelope, msgspec.Raw]).decode
-_decode_raw: Final = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
+_decode_each: Final = msgspec.msgpack.Decoder(
+    Annotated[list[msgspec.Raw], Meta(min_length=1, max_length=FRAME_MESSAGES_MAX)]
+).decode
 _decode_message: Final = msgspec.msgpack.Decoder(Message).decode
 _UNREADABLE: Final = (ValueError, RecursionError)  # msgspec.DecodeError and UnicodeDecodeError are ValueErrors
 _NO_SEAL: Final = bytes(SEAL_BYTES)
@@ -359,16 +366,19 @@ def _unreadable(body: bytes) -> MalformedMessage:
     except _UNREADABLE as error:
         return MalformedMessage("malformed", f"envelope: {_line(error)}")
     try:
-        each = _decode_raw(raw)
+        each = _decode_each(raw)
     except _UNREADABLE as error:
         return MalformedMessage("malformed", f"messages: {_line(error)}", envelope)
-    for message in each:
+    readable: list[tuple[int, Message]] = []
+    fault: tuple[str, str] | None = None
+    for place, message in enumerate(each):
         try:
-            _decode_message(message)
+            readable.append((place, _decode_message(message)))
         except _UNREADABLE as error:
-            reason = "malformed" if _known_tag(bytes(message)) else "unknown_type"
-            return MalformedMessage(reason, _line(error), envelope, len(each))
-    return MalformedMessage("malformed", f"{len(each)} messages in a frame", envelope)
+            known = _known_tag(bytes(message))
+            fault = fault or ("malformed" if known else "unknown_type", _line(error))
+    reason, detail = fault or ("malformed", f"{len(each)} messages in a frame")
+    return MalformedMessage(reason, detail, envelope, len(each), readable)
 
 
 def _known_tag(body: bytes) -> bool:

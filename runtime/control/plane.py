@@ -38,7 +38,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 import zmq
@@ -313,6 +313,7 @@ class ControlPlane:
             self._flush(endpoint, channel)
         # A serial is used up even by what is dropped below: the peer then sees the gap and both ends know.
         channel.serial += 1
+        channel.used = self._clock()
         channel.target = target
         channel.waiting.append(message)
         if may_wait and len(channel.waiting) < FRAME_MESSAGES:
@@ -331,7 +332,6 @@ class ControlPlane:
         messages, channel.waiting = channel.waiting, []
         if not messages:
             return True
-        channel.used = self._clock()
         first = channel.serial - len(messages) + 1
         try:
             self._send_frame(channel, first, messages)
@@ -367,7 +367,8 @@ class ControlPlane:
     # -- receiving
 
     def receive(self, limit: int = RECEIVE_LIMIT) -> list[tuple[Envelope, Message]]:
-        """What has arrived, in order of each channel, looking at no more than ``limit`` frames. Never waits.
+        """What has arrived, in order of each channel, looking at no more than ``limit`` frames, and at no further one
+        after so many messages. Never waits.
 
         Pings are answered here, because whoever calls this is alive; they are returned too, since any message from
         a peer is a sign of life.
@@ -381,6 +382,8 @@ class ControlPlane:
                 frames = self._read()
                 if frames is not None:
                     self._take(frames, inbox)
+                if len(inbox) >= limit:
+                    break
         except zmq.Again:
             pass
         self._answer(inbox)
@@ -406,13 +409,21 @@ class ControlPlane:
         except MalformedMessage as error:
             # Its place in the channel is used up, so that it does not look lost; it counts once, as what it is first.
             if error.envelope is None or self._admit(error.envelope, error.count, inbox):
-                self._drop(error.reason, str(error))
+                for _ in range(error.count - len(error.readable)):
+                    self._drop(error.reason, str(error))
+                if error.envelope is not None:
+                    self._hand(error.envelope, error.readable, inbox)
             return
         if self._admit(envelope, len(messages), inbox):
-            self.received += len(messages)
-            inbox.append((envelope, messages[0]))
-            for number, message in enumerate(messages[1:], envelope.serial + 1):
-                inbox.append((_numbered(envelope, number), message))
+            self._hand(envelope, enumerate(messages), inbox)
+
+    def _hand(
+        self, first: Envelope, messages: Iterable[tuple[int, Message]], inbox: list[tuple[Envelope, Message]]
+    ) -> None:
+        """Messages of one frame, by their places in it, each with an envelope that bears its own serial."""
+        for place, message in messages:
+            self.received += 1
+            inbox.append((_numbered(first, first.serial + place) if place else first, message))
 
     def _admit(self, envelope: Envelope, count: int, inbox: list[tuple[Envelope, Message]]) -> bool:
         """Is this for us, from a life that is not over, and next in its channel? A gap goes to the inbox."""

@@ -138,7 +138,8 @@ class Transport(Protocol):
 
     def post(self, peer: Any, copies: Copies, tag: Tag) -> int:
         """Start a write and return its handle. Copies of length 0 are done at once, and small ones may be: whoever
-        posts polls once, since ``wake`` need not be called for what has ended when this returns.
+        posts polls once, since ``wake`` need not be called for what has ended when this returns. A small write may be
+        done into the memory of an owner that has just died and is not known to; it is gone with its owner.
 
         Never raises for a dead peer or a bad range: a write with a range outside the registered regions of either side,
         across the border of two of them, or of no bytes, is a write that has failed and drained, with nothing placed.

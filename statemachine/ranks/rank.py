@@ -26,7 +26,7 @@ class Timers:
         self.durations_s = durations_s
         self._fire = fire
         self._due: dict[str, OrderedDict[Incarnation, float]] = {name: OrderedDict() for name in durations_s}
-        self._rings: set[str] = set()
+        self._rings: dict[str, float] = {}
         self.stopped = False
 
     def arm(self, incarnation: Incarnation, name: str) -> None:
@@ -39,7 +39,7 @@ class Timers:
         due[incarnation] = at
         if is_late:  # those armed before the wall clock was set back run longer
             due = self._due[name] = OrderedDict(sorted(due.items(), key=lambda each: each[1]))
-        if name not in self._rings or (is_late and next(iter(due)) == incarnation):
+        if name not in self._rings or at < self._rings[name]:
             self._ring_after(duration, name)
 
     def cancel(self, incarnation: Incarnation, name: str) -> None:
@@ -62,20 +62,20 @@ class Timers:
             self._ring(name)
 
     def _ring_after(self, delay_s: float, name: str) -> None:
-        self._rings.add(name)
+        self._rings[name] = self.host.now + delay_s
         self.host.after(delay_s, self._ring, name)
 
     def _ring(self, name: str) -> None:
         if self.stopped:
             return
         now = self.host.now
-        self._rings.add(name)  # what a timer that rings arms anew is seldom the next one to ring
+        self._rings[name] = now  # what a timer that rings arms anew is seldom the next one to ring
         try:
             while (due := self._due[name]) and due[incarnation := next(iter(due))] <= now + 1e-9:
                 del due[incarnation]
                 self._fire(incarnation, name)
         finally:
-            self._rings.discard(name)
+            self._rings.pop(name, None)
             if due := self._due[name]:
                 self._ring_after(max(0.0, due[next(iter(due))] - now), name)
 

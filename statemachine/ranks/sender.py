@@ -239,8 +239,8 @@ class SenderRank(Rank):
     # -- registration
 
     def register(self, fact: str) -> None:
-        """Step this rank's registration and do what it orders."""
-        if self.is_over():
+        """Step this rank's registration and do what it orders. Where only the loop has ended, the process can leave."""
+        if self.over or (self.stopped and fact not in ("LeaveRequested", "UnregistrationAnswered")):
             return
         profile = self.host.profile
         before = self.registration.state
@@ -273,8 +273,10 @@ class SenderRank(Rank):
         self.register("UnregistrationAnswered")
 
     def leave(self, then: Callable[[], None] = lambda: None) -> None:
-        """Be found by no new request, for good; those that are here go on. ``then``: the server knows or never will."""
-        if self.is_over():
+        """Be found by no new request, for good; those that are here go on. ``then``: the server has answered or never
+        will. A registration that was under way may list the rank once more; when it is answered, so is the goodbye.
+        """
+        if self.over:
             then()
             return
         self._left.append(then)

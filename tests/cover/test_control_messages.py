@@ -309,6 +309,7 @@ def test_several_messages_travel_in_one_frame_and_one_bad_one_condemns_them_but_
         with pytest.raises(MalformedMessage) as caught:
             decode(sealed(msgspec.msgpack.encode((ENVELOPE, [told[0], bad, told[2]]))))
         assert caught.value.envelope == ENVELOPE and caught.value.count == 3
+        assert caught.value.readable == [(0, told[0]), (2, told[2])]
     for none_or_many in ([], [Ping(1)] * (FRAME_MESSAGES_MAX + 1)):
         assert refusal(sealed(msgspec.msgpack.encode((ENVELOPE, none_or_many)))) == ("malformed", True)
         with pytest.raises(MalformedMessage):

@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from endpoint_stage import LIMIT_S, SOON, Stage, fill, over, same_bytes, until
 
@@ -347,6 +348,28 @@ def test_a_coroutine_that_was_left_behind_does_not_trouble_the_endpoint(stage: S
     assert source.wait(timeout_s=LIMIT_S) == KVPoll.Failed
     over(source)
     assert stage.prefill.health()["defects"] == []
+
+
+def test_numbers_of_any_whole_kind_name_the_same_memory(stage: Stage) -> None:
+    (one, first), (other, second) = stage.admit(330), stage.admit(331)
+    for target in (first, second):
+        assert target.wait(KVPoll.WaitingForInput, timeout_s=LIMIT_S) == KVPoll.WaitingForInput
+    assert first.publish(np.array([1, 2], np.uint32), np.uint32(3))  # type: ignore[arg-type]
+    with pytest.raises(TransferError, match="row 3 is still held by room 330"):
+        second.publish([4], 3)
+    with pytest.raises(TypeError):
+        second.publish([4], 2.0)  # type: ignore[arg-type]
+    over(one, first, other, second)
+
+
+def test_what_sending_raises_ends_no_loop(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        monkeypatch.undo()
+        raise ValueError("a metric of the user's")
+
+    monkeypatch.setattr(stage.decode.host.plane, "flush", broken)
+    stage.served(room=341)
+    assert stage.decode.health()["defects"] == ["ValueError: a metric of the user's"]
 
 
 def test_a_defect_in_one_request_fails_that_request_only(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

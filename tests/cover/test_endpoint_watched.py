@@ -145,6 +145,9 @@ def test_metrics_under_sglangs_names_and_over_http() -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=LIMIT_S) as answer:
             seen = numbers(answer.read())
         assert seen["sglang:kv_transfer_latency_ms_count"] == 1 == seen["sglang:kv_transfer_bootstrap_ms_count"] - 1
+        one = "sglang:kv_transfer_latency_ms_count"
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics?name[]={one}", timeout=LIMIT_S) as answer:
+            assert numbers(answer.read()) == {one: 1}
         assert seen["sglang:num_bootstrap_failed_reqs_total"] == 1
         assert seen["sglang:num_transfer_failed_reqs_total"] == 1
         assert seen["kvpoll_transfers_total ok"] == seen["kvpoll_transfers_total aborted"] == 1

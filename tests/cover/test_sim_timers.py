@@ -144,3 +144,13 @@ def test_a_timer_that_is_armed_after_a_jump_runs_its_whole_time(clock: Clock, of
     clock.until(100)
     assert sorted(clock.rung) == sorted([(10.0 - offset_s, A, "long"), (12.0, B, "long")])
     assert clock.timers.overdue() == 0
+
+
+def test_a_timer_that_is_armed_after_the_clock_was_set_back_does_not_wait_for_a_late_ring(clock: Clock) -> None:
+    clock.timers.arm(A, "long")
+    clock.timers.jump(-60.0)
+    clock.until(6)
+    clock.timers.cancel(A, "long")
+    clock.timers.arm(B, "long")
+    clock.until(100)
+    assert clock.rung == [(16.0, B, "long")]

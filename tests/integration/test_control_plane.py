@@ -100,6 +100,22 @@ def test_what_may_wait_travels_together_and_in_order(planes: Any) -> None:
     assert (drops(prefill), prefill.missed, prefill.received) == ({}, 0, 16)
 
 
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_channel_on_which_something_waits_is_not_taken_for_idle(planes: Any, is_known: bool) -> None:
+    """Neither for making room for another, nor when idle ones are closed."""
+    clock = [1000.0]
+    first, second, decode = planes("P0"), planes("P1"), planes("D0", channels_max=1, clock=lambda: clock[0])
+    if is_known:
+        assert decode.send(first.endpoint, "P0", 0, Ping(1))
+        clock[0] += 1000.0
+    assert decode.send(first.endpoint, "P0", 0, Ping(2), may_wait=True)
+    assert not decode.send(second.endpoint, "P1", 0, Ping(3), may_wait=True)
+    decode.receive()
+    decode.flush()
+    assert bodies(read(first, 1 + is_known))[-1] == Ping(2)
+    assert drops(decode) == {"too_many_peers": 1}
+
+
 def test_one_that_cannot_be_written_does_not_take_its_companions_along(planes: Any) -> None:
     prefill, decode = planes("P0"), planes("D0")
     for message in (Step(1, b""), Step(-1, b""), Step(2, b"")):
@@ -291,6 +307,18 @@ def test_a_message_that_could_not_be_read_is_no_gap(planes: Any, strangers: Any)
     stranger.send(tampered([99, 0], serial=2))
     stranger.letter(Step(3, b""), serial=3)
     assert bodies(read(plane, 3)) == [Step(1, b""), Step(3, b"")]
+    assert (drops(plane), plane.missed) == ({"unknown_type": 1}, 0)
+
+
+def test_what_can_be_read_of_a_frame_arrives(planes: Any, strangers: Any) -> None:
+    plane = planes()
+    stranger = strangers(plane)
+    envelope = ["D0", 0, GOOD.endpoint, 1, "P0", 0]
+    bodies_sent = [Step(1, b""), [99, 0], Step(3, b"")]
+    stranger.send(b"KVP" + bytes([VERSION]) + bytes(16) + msgspec.msgpack.encode((envelope, bodies_sent)))
+    stranger.letter(Step(4, b""), serial=4)
+    inbox = read(plane, 4)
+    assert [(e.serial, m) for e, m in inbox] == [(1, Step(1, b"")), (3, Step(3, b"")), (4, Step(4, b""))]
     assert (drops(plane), plane.missed) == ({"unknown_type": 1}, 0)
 
 
