@@ -70,8 +70,10 @@ BOUNDS: Final = Bounds(
 has one second of the wall to happen in; it is still sooner than any deadline of QUICK.
 """
 
-QUIET_S: Final = 45.0
-"""After this time without traffic every tombstone of QUICK is gone."""
+QUIET_S: Final = 70.0
+"""After this time without traffic every tombstone of QUICK is gone, that of a room too which nobody ever opened: an abort
+for a request that a former life of prefill had is kept for ``announced_timeout_s`` and then remembered.
+"""
 
 QUIET_SPEED: Final = 40.0
 

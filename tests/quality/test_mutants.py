@@ -301,7 +301,7 @@ def post_one_chunk_ahead(self: PrefillRank, entry: Any, chunk: int, *rest: Any) 
 
 def ring_the_first_only(self: Timers, name: str) -> None:
     """Fires what is due and never looks at the queue again, until somebody arms a timer."""
-    self._rings.discard(name)
+    self._rings.pop(name, None)
     due = self._due[name]
     while due and due[first := next(iter(due))] <= self.host.now + 1e-9:
         del due[first]
