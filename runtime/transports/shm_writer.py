@@ -32,7 +32,7 @@ from kvpoll.runtime.transports.shm_wire import Descriptor
 from kvpoll.runtime.transports.writer_thread import WriterThread
 
 LOG: Final = logging.getLogger(__name__)
-PIECE_BYTES: Final = 4 << 20
+PIECE_BYTES: Final = 8 << 20
 PIECE_RANGES: Final = 4096
 AT_ONCE_BYTES: Final = 64 << 10
 AT_ONCE_RANGES: Final = 256
