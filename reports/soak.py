@@ -46,7 +46,7 @@ def draw(found: dict[str, Any], out: Path) -> None:
 
 
 def _title(found: dict[str, Any]) -> str:
-    ending = "nothing violated, nothing leaked, memory flat" if found["holds"] else f"{len(found['problems'])} problems"
+    ending = found["line"].rpartition(": ")[2] if found["holds"] else f"{len(found['problems'])} problems"
     return f"{found['requests']:,} requests through real processes: {ending}"
 
 

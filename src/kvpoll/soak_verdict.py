@@ -126,10 +126,19 @@ def problems(soak: Soak, found: dict[str, Any]) -> list[str]:
     said += [] if soak.is_healed else ["the faults never came to an end"]
     said += [f"{count} probes: {outcome}" for outcome, count in soak.probed.items() if outcome != "ok"]
     said += [
-        f"{name} grew by {each['growth']:.1%}" for name, each in found["memory"].items() if each["growth"] > GROWTH_MAX
+        f"{name} grew by {each['growth']:.1%}"
+        for name, each in found["memory"].items()
+        if is_settled(found) and each["growth"] > GROWTH_MAX
     ]
     said += [text for name in found["memory"] for text in opened(soak.samples, name)]
     return said + soak.unexpected
+
+
+def is_settled(found: dict[str, Any]) -> bool:
+    """Had tombstones begun to leave by the middle of the traffic? Until then tables and memory grow as they should."""
+    from kvpoll.soak import RULES  # which imports this module
+
+    return bool(found["traffic_s"] / 2 > RULES["tombstone_timeout_s"])
 
 
 def line(found: dict[str, Any]) -> str:
@@ -143,7 +152,8 @@ def line(found: dict[str, Any]) -> str:
         f"{found['judge']['judged'] or 0:,} events judged, {found['bytes_verified'] / 1e6:,.0f} MB compared: "
     )
     if found["holds"]:
-        return did + "nothing violated, nothing leaked, memory flat"
+        memory = "memory flat" if is_settled(found) else "too short to judge memory"
+        return did + f"nothing violated, nothing leaked, {memory}"
     return did + f"{len(found['problems'])} problems, the first: {found['problems'][0]}"
 
 

@@ -259,6 +259,8 @@ def test_memory_that_grows_is_measured_and_memory_that_does_not_is_flat() -> Non
     assert flat["growth"] == 0.0 and flat["bytes_a_request"] == 0.0
     assert grown["growth"] > soak_verdict.GROWTH_MAX
     assert grown["bytes_a_request"] == pytest.approx(1e8 * 0.6 / 6000)
+    tombstones_s = soak.RULES["tombstone_timeout_s"]
+    assert [soak_verdict.is_settled({"traffic_s": factor * tombstones_s}) for factor in (1.9, 2.1)] == [False, True]
 
 
 def test_open_files_that_pile_up_are_told() -> None:
@@ -302,6 +304,7 @@ def test_a_small_soak_loses_a_process_and_comes_to_a_verdict(monkeypatch: pytest
     assert found["judge"]["judged"] > 400 and found["outcomes"]["ok"] > 200
     assert found["probes"] == {"ok": soak.PROBES} and found["judge"]["idle"] == ["L6", "O2", "S7"]
     assert found["told_by_router"].keys() <= {"killed"}
+    assert found["line"].endswith("nothing violated, nothing leaked, too short to judge memory")
     assert json.loads((tmp_path / "soak.json").read_text())["line"] == found["line"]
     assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
 
