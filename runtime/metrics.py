@@ -6,16 +6,12 @@ what the control plane dropped) bears the prefix of the product. Every series ha
 
 from __future__ import annotations
 
-import itertools
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, generate_latest, start_http_server
-from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 
 from kvpoll.runtime.transfer import KVPoll, Transfer
 from kvpoll.spec.source import BadInput
@@ -27,36 +23,6 @@ MILLISECONDS: Final = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 30_
 """SGLang's buckets, and two more up to the longest deadline."""
 
 PORT_MAX: Final = 65_535
-
-
-class Durations(Collector):
-    """A histogram of durations in milliseconds. That of the library takes a lock and looks at every bucket, which two
-    times a request is too much; this is written by one thread and counts.
-    """
-
-    def __init__(self, name: str, says: str, node: str) -> None:
-        self._about = (name, says)
-        self._node = node
-        self._counts = [0] * (len(MILLISECONDS) + 1)
-        self._sum_ms = 0.0
-
-    def observe(self, duration_s: float) -> None:
-        """One more of so many seconds. From one thread only."""
-        milliseconds = 1000 * duration_s
-        self._counts[bisect_left(MILLISECONDS, milliseconds)] += 1
-        self._sum_ms += milliseconds
-
-    def describe(self) -> Iterable[Metric]:
-        """Its names, for who asks by name (``/metrics?name[]=``)."""
-        return self.collect()
-
-    def collect(self) -> Iterable[Metric]:
-        """What the registry asks for."""
-        family = HistogramMetricFamily(*self._about, labels=["node"])
-        upto = itertools.accumulate(self._counts)
-        names = [*(str(float(each)) for each in MILLISECONDS), "+Inf"]
-        family.add_metric([self._node], list(zip(names, map(float, upto), strict=True)), self._sum_ms)
-        return [family]
 
 
 class EndpointMetrics:
@@ -72,8 +38,8 @@ class EndpointMetrics:
         self._transfer_failed = self._counter(
             "num_transfer_failed_reqs", "Requests that failed after memory was given."
         )
-        self._bootstrap_s = self._durations("kv_transfer_bootstrap_ms", "From admission to WaitingForInput.")
-        self._latency_s = self._durations("kv_transfer_latency_ms", "From WaitingForInput to Success.")
+        self._bootstrap_ms = self._histogram("kv_transfer_bootstrap_ms", "From admission to WaitingForInput.")
+        self._latency_ms = self._histogram("kv_transfer_latency_ms", "From WaitingForInput to Success.")
         self._outcomes = Counter(
             "kvpoll_transfers", "Transfers that ended, by first cause ('ok' for Success).",
             labelnames=["node", "cause"], registry=self.registry,
@@ -98,10 +64,9 @@ class EndpointMetrics:
     def _counter(self, name: str, says: str) -> Counter:
         return Counter(f"sglang:{name}", says, ["node"], registry=self.registry).labels(self._endpoint.node)
 
-    def _durations(self, name: str, says: str) -> Durations:
-        kept = Durations(f"sglang:{name}", says, self._endpoint.node)
-        self.registry.register(kept)
-        return kept
+    def _histogram(self, name: str, says: str) -> Histogram:
+        whole = Histogram(f"sglang:{name}", says, ["node"], registry=self.registry, buckets=MILLISECONDS)
+        return whole.labels(self._endpoint.node)
 
     def _watch(self, name: str, says: str, read: Any) -> None:
         Gauge(name, says, ["node"], registry=self.registry).labels(self._endpoint.node).set_function(read)
@@ -120,14 +85,14 @@ class EndpointMetrics:
         """A transfer has another poll. From the endpoint's thread."""
         if poll is KVPoll.WaitingForInput:
             now = time.monotonic()
-            self._bootstrap_s.observe(now - transfer.admitted_s)
+            self._bootstrap_ms.observe(1000 * (now - transfer.admitted_s))
             transfer.ready_s = now
         elif poll is KVPoll.Transferring:
             if transfer.ready_s is None:
                 transfer.ready_s = time.monotonic()
         elif poll is KVPoll.Success:
             began_s = transfer.admitted_s if transfer.ready_s is None else transfer.ready_s
-            self._latency_s.observe(time.monotonic() - began_s)
+            self._latency_ms.observe(1000 * (time.monotonic() - began_s))
             self._succeeded.inc()
         elif poll is KVPoll.Failed:
             failed = self._transfer_failed if transfer.was_exposed else self._bootstrap_failed
