@@ -488,7 +488,7 @@ class PrefillEndpoint(Endpoint):
         """
         transfer = PrefillTransfer(self, rid or f"{room}/{attempt}", (room, attempt), on_poll, on_pages_free)
         self._open(transfer)
-        self.host.loop.post(self.contained, transfer, self.rank.begin, (transfer.pair, transfer.rid, self.engine_name))
+        self.do(self.contained, transfer, self.rank.begin, (transfer.pair, transfer.rid, self.engine_name))
         return transfer
 
     def wait_registered(self, timeout_s: float) -> None:
@@ -539,7 +539,7 @@ class DecodeEndpoint(Endpoint):
         self.host.add_server(bootstrap, bootstrap)
         transfer = DecodeTransfer(self, rid or f"{room}/{attempt}", (room, attempt), on_poll, on_pages_free)
         self._open(transfer)
-        self.host.loop.post(self.contained, transfer, self._begin, (transfer, bootstrap))
+        self.do(self.contained, transfer, self._begin, (transfer, bootstrap))
         return transfer
 
     def _begin(self, transfer: DecodeTransfer, bootstrap: str) -> None:

@@ -185,9 +185,8 @@ class Host:
             return wire.Abort(incarnation, index, own)
         if kind == "Status":
             index, outcome = arguments
-            return wire.Status(
-                incarnation, index, outcome, self._cause_of(incarnation) if outcome == "Failed" else None
-            )
+            cause = self._cause_of(incarnation) if outcome == "Failed" else None
+            return wire.Status(incarnation, index, outcome, cause)
         if kind == "AbortAck":
             return wire.AbortAck(incarnation, arguments[0])
         return self.written(kind, incarnation, arguments)

@@ -194,8 +194,7 @@ class Transfer:
         self._order(self.endpoint.rank.finish, self.pair)
 
     def _order(self, function: Callable[..., Any], *arguments: Any) -> None:
-        endpoint = self.endpoint
-        endpoint.host.loop.post(endpoint.contained, self, function, arguments)
+        self.endpoint.do(self.endpoint.contained, self, function, arguments)
 
     def _may_give(self, what: str, pages: tuple[int, ...]) -> bool:
         """May memory be given now? False: it has failed. Raises TransferError when it never could."""

@@ -57,7 +57,7 @@ class Copies(NamedTuple):
     @property
     def total(self) -> int:
         """Bytes of all ranges together."""
-        return sum(self.nbytes.tolist()) if len(self.nbytes) < 64 else int(self.nbytes.sum())
+        return int(self.nbytes.sum())
 
 
 class Tag(NamedTuple):

@@ -71,9 +71,7 @@ class Space:
         it whole: what ``regions_of`` and ``addresses_of`` say of arrays, of a few ranges.
         """
         found = []
-        for source, to, nbytes in zip(
-            copies.source.tolist(), copies.target.tolist(), copies.nbytes.tolist(), strict=True
-        ):
+        for source, to, nbytes in zip(*(column.tolist() for column in copies), strict=True):
             here, there = bisect_right(self._starts, source) - 1, bisect_right(target._starts, to) - 1
             if here < 0 or there < 0 or nbytes <= 0:
                 return None
