@@ -304,7 +304,7 @@ def main(role: str, address: str = "") -> None:
     print(json.dumps({"ready": side.address}), file=answers)
     for line in sys.stdin:
         gc.collect()
-        gc.freeze()  # as SGLang's server does when it is warm, and bench_handshakes
+        gc.freeze()  # as SGLang's server does when it is asked to (/freeze_gc), and as bench_handshakes does
         print(json.dumps(drive(side, **json.loads(line))), file=answers)
     os._exit(0)  # SGLang leaves threads that never end
 
